@@ -28,9 +28,10 @@ from lightning_flatness.layers.certificates.tail import (
     why_not_first_order,
 )
 from lightning_flatness.layers.certified import Calls, Certified, CertifiedLayer, CertifiedPass, Context
+from lightning_flatness.layers.convolution import CONVOLVING
 from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.methods import first_description, under_gauss_newton
-from lightning_flatness.layers.recording import CONVOLVING, LayerCall, Pass
+from lightning_flatness.layers.recording import LayerCall, Pass
 from lightning_flatness.model.graph import cannot_curve, random_like
 from lightning_flatness.model.logits import logits_of, question_outputs
 

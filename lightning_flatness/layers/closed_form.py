@@ -21,8 +21,8 @@ from lightning_flatness.functional.patches import channel_square_norms
 from lightning_flatness.functional.weighting import CHANNELWISE, NORMALIZED, RELATIVE, TRACE, Contraction, Weighting
 from lightning_flatness.layers.certificates.tail import TailDerivatives
 from lightning_flatness.layers.certified import Certified, CertifiedLayer, CertifiedPass
+from lightning_flatness.layers.convolution import Convolution
 from lightning_flatness.layers.estimates import BlockTraces
-from lightning_flatness.layers.recording import Convolution
 
 # Leaving out classes may change relative flatness and normalised relative flatness by at most this share.
 TRUNCATION = 1e-6

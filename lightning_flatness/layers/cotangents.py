@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_flatness.layers.recording import Convolution, LayerCall
+from lightning_flatness.layers.convolution import Convolution
+from lightning_flatness.layers.recording import LayerCall
 from lightning_flatness.model.graph import random_like
 
 Calls = Mapping[str, Sequence[LayerCall]]  # the calls of each layer in a forward pass, keyed by layer name

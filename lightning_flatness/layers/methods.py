@@ -19,9 +19,10 @@ from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.certificates.affine import Inexact
 from lightning_flatness.layers.certificates.layer import Kernel, is_own_weight
 from lightning_flatness.layers.certified import CertifiedLayer, CertifiedPass, Context
+from lightning_flatness.layers.convolution import Convolution
 from lightning_flatness.layers.gauss_newton import is_sampled
 from lightning_flatness.layers.options import Options
-from lightning_flatness.layers.recording import Convolution, LayerCall
+from lightning_flatness.layers.recording import LayerCall
 from lightning_flatness.model.precision import name_of
 from lightning_flatness.results import LayerInfo
 

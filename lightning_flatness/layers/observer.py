@@ -112,7 +112,10 @@ class FlatnessObserver:
         channels are known. Then pass :attr:`WaitingSamples.forms` to :meth:`sums_of`. If they are None, call
         :meth:`sums`, which runs the samples once more.
         """
-        return list(self._own(inputs, targets, _kept, advance, rows))
+        passes = self._own(
+            inputs, targets, lambda certified, known, _: WaitingSamples.of(certified, known), advance, rows
+        )
+        return list(passes)
 
     def normalize(self, deviations: Mapping[str, Tensor]) -> None:
         """Set the standard deviations ``(C,)`` of each layer's input channels for all later batches."""
@@ -345,7 +348,3 @@ class FlatnessObserver:
         positions = self._num_seen + torch.arange(number, device="cpu")
         self._num_seen += number
         return {name: of_layer.statistics(of_layer.groups(positions)) for name, of_layer in sums.items()}
-
-
-def _kept(certified: CertifiedPass, known: Certified, advance: Advance) -> WaitingSamples:
-    return WaitingSamples.of(certified, known)

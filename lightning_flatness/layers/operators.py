@@ -16,8 +16,8 @@ from lightning_flatness.functional import Curvature
 from lightning_flatness.layers.certificates.tail import TailDerivatives
 from lightning_flatness.layers.certified import CertifiedPass
 from lightning_flatness.layers.closed_form import curved_part
+from lightning_flatness.layers.convolution import Convolution
 from lightning_flatness.layers.cotangents import convolve, gradient_of_convolution, nodes_of, pull_back, to_positions
-from lightning_flatness.layers.recording import Convolution
 
 
 @dataclass(frozen=True)

@@ -16,42 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_flatness.errors import LayerSelectionError
-from lightning_flatness.functional import ConvolutionGeometry
+from lightning_flatness.layers.convolution import CONVOLVING, Convolution, described, version_of
 from lightning_flatness.model.isolation import float32_is_reduced
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.model.precision import HALF
 
 # The machine epsilon of TF32, whose mantissa has ten bits.
 REDUCED_EPS = 2.0**-10
-
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """One call of ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``, described as a convolution.
-
-    With ``padding="same"``, ``inputs`` are the padded inputs, because the padding may be uneven. A linear map is
-    described as a convolution of kernel size one over its tokens; its ``output`` has the channels in the last
-    dimension.
-    """
-
-    inputs: Tensor  # (N, C, *spatial), detached
-    weight: Tensor  # (S, C/G, *kernel_size)
-    geometry: ConvolutionGeometry
-    output: Tensor  # (N, S, *output), or (N, *tokens, S)
-    channel_dimension: int = 1
-    unpadded: Tensor | None = None  # with padding="same": the inputs before padding; else None
-    output_version: int | None = None  # version counter of the output when it was computed; None if it has none
-
-    @property
-    def read(self) -> Tensor:
-        """The inputs ``(N, C, *spatial)`` before the convolution pads them with zeros."""
-        return self.inputs if self.unpadded is None else self.unpadded
-
-    def without_output(self) -> Convolution:
-        """Return the same convolution, detached from the autograd graph and with an empty output, to save memory."""
-        return replace(self, weight=self.weight.detach(), output=self.output.detach().new_empty(0))
 
 
 @dataclass(frozen=True)
@@ -251,14 +222,6 @@ def versions_of(convolutions: tuple[Convolution, ...]) -> tuple[int | None, ...]
     return tuple(version_of(one.read) for one in convolutions)
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """Return a tensor's version counter, which torch increases when the tensor is changed in place.
-
-    The result is None for an inference tensor, which has no version counter.
-    """
-    return None if tensor.is_inference() else tensor._version
-
-
 def kernel_sample(kernel: Tensor) -> Tensor:
     """Return a copy of some thousand entries of a kernel.
 
@@ -299,9 +262,8 @@ class _FunctionMode(TorchFunctionMode):
         if self.weights is not None and func in CONVOLVING:
             self.weights += [one for one in (*args, *keywords.values()) if type(one) is nn.Parameter]
         if self.running and func in CONVOLVING:
-            of_func = _linear if func is nn.functional.linear else partial(_convolution, CONVOLVING.index(func))
             for convolutions in self.running:
-                convolutions.append(replace(of_func(result, *args, **keywords), output_version=version_of(result)))
+                convolutions.append(described(func, result, args, keywords))
         return result
 
 
@@ -313,44 +275,3 @@ def _uses(func: Callable[..., Any], tensor: Tensor, result: Any) -> bool:
     if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
         return False
     return result is not tensor or getattr(func, "__name__", "").endswith("_")  # such as mul_ and __imul__
-
-
-# The functions that convolve; the index is the number of spatial dimensions.
-CONVOLVING = (nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d)
-
-
-def _convolution(
-    dimensions: int,
-    output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | tuple[int, ...] = 1,
-    padding: str | int | tuple[int, ...] = 0,
-    dilation: int | tuple[int, ...] = 1,
-    groups: int = 1,
-) -> Convolution:
-    """Describe a call of ``conv1d``, ``conv2d`` or ``conv3d``; the parameters have the same names as in torch."""
-
-    def per_dimension(value: int | tuple[int, ...]) -> tuple[int, ...]:
-        values = (value,) if isinstance(value, int) else tuple(value)
-        return values * dimensions if len(values) == 1 else values
-
-    kernel_size, dilations = tuple(weight.shape[2:]), per_dimension(dilation)
-    inputs, unpadded = input.detach(), None
-    if padding == "same":  # of an odd number of padding pixels, the right side gets one more
-        totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
-        widths = [width for total in reversed(totals) for width in (total // 2, total - total // 2)]
-        inputs = nn.functional.pad(inputs, widths)
-        unpadded = input.detach()
-    paddings = (0,) * dimensions if isinstance(padding, str) else per_dimension(padding)
-    geometry = ConvolutionGeometry(kernel_size, per_dimension(stride), paddings, dilations, groups)
-    return Convolution(inputs, weight, geometry, output, unpadded=unpadded)
-
-
-def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Convolution:
-    """Describe a call of ``linear`` as a convolution of kernel size one over its tokens."""
-    inputs = input.detach()
-    tokens = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]) if inputs.ndim > 1 else inputs
-    geometry = ConvolutionGeometry((1,), (1,), (0,), (1,))
-    return Convolution(tokens.mT if inputs.ndim > 1 else tokens, weight, geometry, output, channel_dimension=-1)

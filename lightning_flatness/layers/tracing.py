@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
-from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING, version_of
+from lightning_flatness.layers.convolution import CONVOLUTIONS, CONVOLVING, version_of
 from lightning_flatness.model.logits import logits_of
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)

@@ -266,11 +266,8 @@ class Comparison(Record):
             text = f"A tie: {text}, and the {values} at most two standard errors higher"
         if not unknown:
             return f"{text}."
-        why = (
-            "standard errors are missing"
-            if self._has_errors
-            else "there are too few samples for reliable standard errors"
-        )
+        few = "there are too few samples for reliable standard errors"
+        why = "standard errors are missing" if self._has_errors else few
         return f"{text}. It is not known whether the difference from {named(unknown)} is clear, because {why}."
 
     @property
@@ -336,8 +333,8 @@ class Comparison(Record):
             row = {"model": name} | {key: value for key, value in values.items() if key != "name"}
             for number in ("loss", "accuracy", *MEASURES):
                 found = self.difference(number, name)
-                row |= {f"{number}_ratio": found.ratio, f"{number}_ratio_error": found.ratio_error}
-                row |= {f"{number}_is_clear": found.is_clear}
+                row[f"{number}_ratio"], row[f"{number}_ratio_error"] = found.ratio, found.ratio_error
+                row[f"{number}_is_clear"] = found.is_clear
             rows.append(row)
         return rows
 

@@ -231,7 +231,7 @@ def test_many_classes_and_estimates_stay_within_their_errors(residual):
             assert abs(getattr(exact.layers["0"], name) - expected[name]) <= 5 * error
 
 
-@guards("layers/recording.py", "return self.inputs if self.unpadded is None else self.unpadded", "return self.inputs")
+@guards("layers/convolution.py", "return self.inputs if self.unpadded is None else self.unpadded", "return self.inputs")
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("kernel", [2, 3])
 def test_padding_with_zeros_does_not_count(kernel):
