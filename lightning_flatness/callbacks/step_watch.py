@@ -116,9 +116,10 @@ class StepWatch:
         call = heard_call(arguments, keywords)
         if self._named and module is not self._named.module:
             return self._hear_other(module, forward, call)
-        heard, weights = _Heard(module, call, call), None
-        if not (self._open and self._open[-1].several):  # otherwise this call is dropped
-            heard.copied, weights = call.copied(), weights_sample(module)
+        heard = _Heard(module, call, call)
+        counts = not (self._open and self._open[-1].several)  # otherwise this call is dropped
+        if counts:
+            heard.copied = call.copied()
         self._open.append(heard)
         try:
             with self._overheard.paused() if _is_compiled(module) else nullcontext():
@@ -129,6 +130,7 @@ class StepWatch:
             return heard.output
         if not _why_no_logits(heard.output):
             heard.within.clear()
+            weights = weights_sample(module) if counts else None
             heard.copied = heard.copied._replace(answer=Answer(module, heard.output, weights))
         if self._open:
             self._open[-1].add(heard)
@@ -288,7 +290,10 @@ def _why_no_logits(output: Any) -> str:
 
 def _weighs_losses(call: Call, output: Any) -> bool:
     """Return whether a call turns losses into one number, as a module with trained weights of losses does."""
-    inputs, outputs = tensors_of(call), tensors_of(output)
+    try:
+        inputs, outputs = tensors_of(call), tensors_of(output)
+    except Exception:  # the user's step is running, and must not fail here, whatever the network returns
+        return False
     is_number = len(outputs) == 1 and outputs[0].numel() == 1
     return is_number and bool(inputs) and all(tensor.ndim < 2 for tensor in inputs)
 

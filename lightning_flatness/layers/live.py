@@ -126,7 +126,6 @@ class Listener:
             return forward(*arguments, **keywords)
         self._recorded, self.num_others = None, 0
         self._called, self.call = called, called.copied()
-        weights = weights_sample(self._model) if self._compares_weights else None
         self.reason = "observing is not asked for" if self._recorder is None else self._why_not_now()
         self._is_called = True
         try:
@@ -136,6 +135,7 @@ class Listener:
                     self._observe(self._recorder(), forward, called)
             if self.reason:
                 self.output = forward(*arguments, **keywords)
+            weights = weights_sample(self._model) if self._compares_weights else None
             self.call = self.call._replace(answer=Answer(self._model, self.output, weights))
         finally:
             self._is_called = False

@@ -23,7 +23,7 @@ from lightning_flatness.layers.selection import Selection, select
 from lightning_flatness.model.answer import Answer
 from lightning_flatness.model.call import Call, as_call
 from lightning_flatness.model.copy import ModelCopy
-from lightning_flatness.model.isolation import isolated
+from lightning_flatness.model.isolation import WithoutAutocast, isolated
 from lightning_flatness.model.logits import certify_deterministic, finding_what_is_not_finite, logits_of
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
@@ -121,10 +121,11 @@ class OwnPasses:
             taken = self._tensors.take(inputs, chunk), take(targets, chunk, samples)
             part = Part(*taken, rows, start, as_call(inputs).answer)
             try:
-                with isolated(self._model), self._finding(part.inputs):
+                with isolated(self._model) as mode, self._finding(part.inputs):
                     if rows < samples or rows == 1:
                         self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
-                    result = work(self._certified(part, first_batch), self.known, tell)
+                    certified = self._certified(part, first_batch, mode)
+                    result = work(certified, self.known, tell)
             except _TooManySamplesError:
                 continue
             except RuntimeError as error:
@@ -187,8 +188,8 @@ class OwnPasses:
                 raise _TooManySamplesError
         return self._selection
 
-    def _certified(self, part: Part, first_batch: bool) -> CertifiedPass:
-        """Run the model on a part, and certify the pass."""
+    def _certified(self, part: Part, first_batch: bool, mode: WithoutAutocast) -> CertifiedPass:
+        """Run the model on a part, and certify the pass; ``mode`` is that of :func:`isolated`."""
         first, is_new = not self.known.layers, self._selection is None
         selection, rows, start, targets = self._selected(part), part.rows, part.start, part.targets
         if first and not is_new:
@@ -206,7 +207,7 @@ class OwnPasses:
         if first_batch and start + rows <= len(whole):  # `whole` has fewer samples than the batch if memory ran out
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
         if part.answer is not None:
-            part.answer.certify_logits(logits[:rows].detach(), start)
+            part.answer.certify_logits(logits[:rows].detach(), start, in_half=mode.was_needed)
         if first:
             self.release()  # certificate 4 makes another copy; two would take too much memory
         no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")

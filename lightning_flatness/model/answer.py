@@ -31,7 +31,7 @@ class Answer:
     Args:
         network: the network, within the call.
         output: what the network returned. Its logits are copied, because the user's code may change them in place.
-        weights: what :func:`weights_sample` returned before the call; None if the weights are not compared.
+        weights: what :func:`weights_sample` returned right after the call; None if the weights are not compared.
 
     Example:
         >>> network = nn.Linear(2, 3)
@@ -44,7 +44,7 @@ class Answer:
         self._logits: Tensor | None = None  # None if the network returned no logits
         with suppress(Exception):  # the user's step is running, and must not fail here
             logits = any_logits_of(output).detach()
-            self._allowed = _allowed_difference(network, logits)
+            self._precision, self._is_reduced = current_precision(), float32_is_reduced(logits.device)
             self._logits = logits.clone()
 
     def chosen(self, mask: Tensor) -> Answer:
@@ -55,14 +55,27 @@ class Answer:
             chosen._logits = self._logits[mask.to(self._logits.device)]
         return chosen
 
-    def certify_logits(self, logits: Tensor, start: int) -> None:
-        """Raise a :class:`BatchError` if ``logits`` are not those of the samples from ``start`` on, up to rounding."""
+    def certify_logits(self, logits: Tensor, start: int, in_half: bool = False) -> None:
+        """Raise a :class:`BatchError` if ``logits`` are not those of the samples from ``start`` on, up to rounding.
+
+        ``in_half`` says that the forward itself has entered autocast, which passes of our own switch off.
+        """
         if self._logits is None:
             return
         expected = self._logits[start : start + len(logits)].to(logits)
-        allowed = max(self._allowed, ROUNDINGS * torch.finfo(logits.dtype).eps)
+        allowed = ROUNDED if in_half else max(self._allowed_difference(), ROUNDINGS * torch.finfo(logits.dtype).eps)
         if expected.shape != logits.shape or not bool(_largest(logits - expected) <= allowed * _largest(expected)):
             raise BatchError(OTHER_LOGITS)
+
+    def _allowed_difference(self) -> float:
+        """Return by how much other logits may differ due to rounding, relative to the largest logit of the call."""
+        assert self._logits is not None
+        is_cast = self._logits.dtype in HALF or runs_in_half(self.network, self._precision)
+        if is_cast or any(map(is_sharded, self.network.parameters())):  # FSDP2 may cast weights during the call
+            return ROUNDED
+        if self._logits.dtype == torch.float32 and self._is_reduced:
+            return REDUCED
+        return ROUNDINGS * torch.finfo(self._logits.dtype).eps
 
 
 def certify_weights(call: Call | None) -> None:
@@ -81,8 +94,8 @@ def certify_weights(call: Call | None) -> None:
 
 OTHER_WEIGHTS = (
     "The validation step runs the network with other weights than it has after the step, e.g. with averages that the "
-    "step puts in. The batch is measured after the step, so these weights cannot be measured. Put them in in "
-    "on_validation_start, and take them out in on_validation_end. Or let the step call a network that keeps them, and "
+    "step puts in. The batch is measured after the step, so these weights cannot be measured. Swap them in "
+    "on_validation_start, and back in on_validation_end. Or let the step call a network that keeps them, and "
     "name it with model=."
 )
 OTHER_LOGITS = (
@@ -97,32 +110,22 @@ def _largest(logits: Tensor) -> Tensor:
     return logits.abs().amax()
 
 
-def _allowed_difference(network: nn.Module, logits: Tensor) -> float:
-    """Return by how much other logits may differ from ``logits`` due to rounding, relative to the largest logit.
-
-    Call this within the user's call, because it reads the precision of the call.
-    """
-    is_cast = logits.dtype in HALF or runs_in_half(network, current_precision())
-    if is_cast or any(map(is_sharded, network.parameters())):  # FSDP2 may cast weights for the time of the call
-        return ROUNDED
-    if logits.dtype == torch.float32 and float32_is_reduced(logits.device):
-        return REDUCED
-    return ROUNDINGS * torch.finfo(logits.dtype).eps
-
-
 def weights_sample(network: nn.Module) -> Mapping[torch.device, Tensor] | None:
     """Return copies of some entries of every parameter, by device.
 
     Buffers are left out, because a forward pass may change them. Return None if the entries cannot be read on this
-    process alone, or do not exist yet.
+    process alone, do not exist yet, or belong to a tensor subclass that does not allow it.
     """
     parameters = list(network.parameters())
     if any(is_sharded(parameter) or nn.parameter.is_lazy(parameter) for parameter in parameters):
         return None
     entries: dict[torch.device, list[Tensor]] = {}
-    with torch._C.DisableTorchFunction():
-        for parameter in parameters:
-            flat = parameter.detach().flatten()
-            if flat.dtype in (torch.float32, torch.float64, *HALF):
-                entries.setdefault(flat.device, []).append(flat[:: max(1, len(flat) // ENTRIES)])
-        return {device: torch.cat(parts).nan_to_num() for device, parts in entries.items()}
+    try:
+        with torch._C.DisableTorchFunction():
+            for parameter in parameters:
+                flat = parameter.detach().flatten()
+                if flat.dtype in (torch.float32, torch.float64, *HALF):
+                    entries.setdefault(flat.device, []).append(flat[:: max(1, len(flat) // ENTRIES)])
+            return {device: torch.cat(parts).nan_to_num() for device, parts in entries.items()}
+    except Exception:  # the user's step may be running, and must not fail here
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections import OrderedDict
@@ -54,12 +55,14 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[None]:
+def isolated(model: nn.Module) -> Iterator[WithoutAutocast]:
     """Run a block in evaluation mode, in full precision and with gradients enabled, and restore everything.
 
+    Yields the mode that switches autocast off, which tells whether the forward has entered autocast itself.
+
     If the model itself is in evaluation mode already, its submodules keep the modes that the user has set. Inside the
-    block, inference mode, backward hooks and autocast are disabled. Autocast is disabled even where the
-    model's forward enables it. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor
+    block, inference mode, backward hooks and autocast are disabled. Autocast is disabled even where the model's forward
+    enables it. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor
     bfloat16. On leaving, also after an error, the attributes of every module and the random states of torch (CPU and
     the model's accelerators), numpy and Python are restored. So are the entries of lists and dictionaries that are
     attributes. What the forward changes inside other objects is not restored.
@@ -80,9 +83,9 @@ def isolated(model: nn.Module) -> Iterator[None]:
         stack.enter_context(differentiable(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # other attention kernels have no second derivative
         stack.enter_context(untouched(model))
-        stack.enter_context(_WithoutAutocast({"cpu"} | {device.type for device in accelerators(model)}))
+        mode = stack.enter_context(WithoutAutocast({"cpu"} | {device.type for device in accelerators(model)}))
         try:
-            yield
+            yield mode
         except RuntimeError as error:
             if not isinstance(error, CheckpointError) and "Checkpointing is not compatible" not in str(error):
                 raise
@@ -92,11 +95,15 @@ def isolated(model: nn.Module) -> Iterator[None]:
             ) from error
 
 
-class _WithoutAutocast(TorchFunctionMode):
-    """A mode in which operations run without autocast, even where the model's forward enables autocast."""
+class WithoutAutocast(TorchFunctionMode):
+    """A mode in which operations run without autocast, even where the model's forward enables autocast.
+
+    ``was_needed`` says whether an operation has run where autocast was enabled.
+    """
 
     def __init__(self, device_types: Iterable[str]) -> None:
         super().__init__()
+        self.was_needed = False
         self._device_types = tuple(device_types)
 
     def __torch_function__(
@@ -105,6 +112,7 @@ class _WithoutAutocast(TorchFunctionMode):
         with ExitStack() as stack:
             for device_type in self._device_types:
                 if torch.is_autocast_enabled(device_type):
+                    self.was_needed = True
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             return func(*args, **(kwargs or {}))
 
@@ -209,22 +217,23 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attributes_kept(owners: Iterable[Any]) -> Iterator[None]:
+def attributes_kept(owners: Iterable[Any], most: float = math.inf) -> Iterator[None]:
     """Replace tensors among the attributes of modules or other objects by copies; on leaving, restore all attributes.
 
     Lists and dictionaries are not replaced, because a hook or another module may hold them, too. On leaving, they get
-    their entries back.
+    their entries back. Tensors and collections with more than ``most`` entries are left alone.
     """
     modules = list(owners)
     before = [dict(vars(module)) for module in modules]
     of_torch = vars(nn.Module()).keys()
     values = [value for attributes in before for name, value in attributes.items() if name not in of_torch]
-    lists = {id(value): (value, list(value)) for value in values if type(value) is list}
-    dictionaries = {id(value): (value, dict(value)) for value in values if type(value) is dict}
+    small = [value for value in values if type(value) in (list, dict) and len(value) <= most]
+    lists = {id(value): (value, list(value)) for value in small if type(value) is list}
+    dictionaries = {id(value): (value, dict(value)) for value in small if type(value) is dict}
     try:
         for module, attributes in zip(modules, before, strict=True):
             for name, value in attributes.items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and value.numel() <= most:
                     with torch.inference_mode(value.is_inference()):
                         vars(module)[name] = value.detach().clone()
         yield

@@ -108,7 +108,12 @@ def validate(folder, module, callback, batches=None):
 
 
 @guards("model.answer:certify_weights", returns=None, ids="AveragesLittle-True")
-@guards("layers/passes.py", "part.answer.certify_logits(logits[:rows].detach(), start)", "pass", ids="HeatsUp-False")
+@guards(
+    "layers/passes.py",
+    "part.answer.certify_logits(logits[:rows].detach(), start, in_half=mode.was_needed)",
+    "pass",
+    ids="HeatsUp-False",
+)
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_a_step_that_changes_the_network_is_refused(tmp_path, step, live):
@@ -166,3 +171,53 @@ def test_weights_changed_for_training_data_are_refused(tmp_path):
         quiet_trainer(tmp_path, lf.FlatnessCallback(data="train", summary=False)).fit(
             Averages(networks.Plain()), *loaders(dtype=torch.float64)
         )
+
+
+class EntersAutocast(networks.Plain):
+    """Runs in bfloat16 by itself, and returns float32."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x.float()).float()
+
+
+class BoundsItsWeights(networks.Plain):
+    """Scales every filter to a norm of one at most, as in EEGNet."""
+
+    def forward(self, x):
+        self.conv.weight.data = torch.renorm(self.conv.weight.data, 2, 0, 1.0)
+        return super().forward(x)
+
+
+@guards("layers/passes.py", ", in_half=mode.was_needed", "", ids="EntersAutocast-False")
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("network", [EntersAutocast, BoundsItsWeights])
+def test_networks_that_change_precision_or_weights_in_their_forward_are_measured(tmp_path, network, live):
+    callback = lf.FlatnessCallback(live=live)
+    dtype = torch.float32 if network is EntersAutocast else torch.float64
+    module = Module(network().to(dtype))
+    quiet_trainer(tmp_path, callback).validate(module, loaders(dtype=dtype)[1], verbose=False)
+    assert callback.report is not None
+
+
+class Odd(dict):
+    """A mapping that only its own arguments make."""
+
+    def __init__(self, *, logits):
+        super().__init__(logits=logits)
+
+
+class ReturnsOdd(networks.Plain):
+    def forward(self, x):
+        return Odd(logits=super().forward(x))
+
+
+class TakesLogits(Module):
+    def step(self, x):
+        return self(x)["logits"]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_what_a_network_returns_may_be_of_any_type(tmp_path, live):
+    """Where it cannot be measured, only a warning says so."""
+    validate(tmp_path, TakesLogits(ReturnsOdd()), lf.FlatnessCallback(live=live, on_error="warn"))

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
-from lightning_flatness.callbacks.data.counters import OwnCounters
 from lightning_flatness.callbacks.data.loaders import batch_size_of, is_indexed, keeps_order, sampler_of
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.model.generators import drawing, generators_kept
@@ -49,12 +48,11 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
     """Yield the batches of an iterable under fixed random seeds, and restore all random states after every batch.
 
     Because of the fixed seeds, random transforms give the same samples in every call. The restored states include those
-    of the model's devices. Counters of the data set, the sampler and the collate function are restored, too.
+    of the model's devices.
     """
     iterator: Iterator[Any] | None = None
-    counters = OwnCounters(drawing(batches))
     for index in count():
-        with random_states_kept(model), generators_kept(drawing(batches)), counters.used():
+        with random_states_kept(model), generators_kept(drawing(batches)):
             seed_all(index)
             iterator = iter(batches) if iterator is None else iterator
             batch = next(iterator, iterator)
@@ -103,13 +101,18 @@ def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
         return None
 
 
+# What transfer hooks change in a tensor or collection with more entries is not undone. A copy for every batch would
+# cost too much, for example of a whole data set.
+MOST_KEPT = 1000
+
+
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """Convert a batch to the Trainer's precision and move it to the device, as the Trainer's loops do.
 
     The batch passes through the user's transfer hooks, under a fixed seed: hooks that draw random numbers on the CPU
     draw the same numbers every time. Random numbers that a hook draws on an accelerator are not fixed. The hooks see a
     validation, so that they do not augment the batch as in training. What they change in attributes and buffers of the
-    LightningModule and the data module is undone.
+    LightningModule and the data module is undone, but for large tensors and collections.
     """
     batch = trainer.precision_plugin.convert_input(batch)
     # Without a data module, Trainer.datamodule is None.
@@ -117,7 +120,7 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     with (
         random_states_kept(pl_module),
         _validating(trainer, pl_module),
-        attributes_kept(owners),
+        attributes_kept(owners, most=MOST_KEPT),
         _buffers_kept(pl_module),
     ):
         seed_all(0)
@@ -128,13 +131,13 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Replace the buffers of all modules by copies; on leaving, put the buffers back."""
+    """Replace the small buffers of all modules by copies; on leaving, put the buffers back."""
     tables = [vars(module).get("_buffers", {}) for module in model.modules()]
     before = [dict(table) for table in tables]
-    copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
+    copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers() if buffer.numel() <= MOST_KEPT}
     try:
         for table in tables:
-            table.update({name: copies[id(buffer)] for name, buffer in table.items() if buffer is not None})
+            table.update({name: copies[id(buffer)] for name, buffer in table.items() if id(buffer) in copies})
         yield
     finally:
         for table, entries in zip(tables, before, strict=True):
