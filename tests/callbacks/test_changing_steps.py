@@ -182,10 +182,10 @@ class EntersAutocast(networks.Plain):
 
 
 class BoundsItsWeights(networks.Plain):
-    """Scales every filter to a norm of one at most, as in EEGNet."""
+    """Bounds the norm of every filter, as in EEGNet."""
 
     def forward(self, x):
-        self.conv.weight.data = torch.renorm(self.conv.weight.data, 2, 0, 1.0)
+        self.conv.weight.data = torch.renorm(self.conv.weight.data, 2, 0, 0.1)
         return super().forward(x)
 
 

@@ -97,6 +97,15 @@ class MadeAnew(nn.Module):
 
 
 @guards("measure/forward_numbers.py", "with kept_switched(model), ", "with ")
+def test_a_classifier_that_is_made_anew_in_evaluation_mode():
+    batches = [images(7, 0), images(3, 1)]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), MadeAnew(36, 3))
+    validated = forward_numbers(net.eval(), batches, MeasuringOptions())
+    assert forward_numbers(net.train(), batches, MeasuringOptions()) == validated
+    assert validated.feature_spread > 0
+
+
 def test_a_classifier_that_takes_its_input_by_keyword():
     class Keyword(nn.Sequential):
         def forward(self, x):
@@ -105,12 +114,3 @@ def test_a_classifier_that_takes_its_input_by_keyword():
     net = network().eval()
     expected = forward_numbers(net, [images(7, 0)], MeasuringOptions()).feature_spread
     assert forward_numbers(Keyword(*net), [images(7, 0)], MeasuringOptions()).feature_spread == expected
-
-
-def test_a_classifier_that_is_made_anew_in_evaluation_mode():
-    batches = [images(7, 0), images(3, 1)]
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), MadeAnew(36, 3))
-    validated = forward_numbers(net.eval(), batches, MeasuringOptions())
-    assert forward_numbers(net.train(), batches, MeasuringOptions()) == validated
-    assert validated.feature_spread > 0
