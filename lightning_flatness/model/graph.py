@@ -25,9 +25,9 @@ MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSa
 def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
     """Return the operations that compute a tensor, or None if they do not show which entries influence each other.
 
-    They do not show it if one depends on indices or weights, if it is a function of the user's, or if entries may
-    influence each other on some samples only (:func:`may_mix`). If ``samples``, the number of samples in the batch, is
-    given, the result does not depend on the batch size.
+    They do not show it if one of them depends on indices or weights, or is a function of the user's. They do not show
+    it either if entries may influence each other on some samples only (:func:`may_mix`). If ``samples``, the number of
+    samples in the batch, is given, the result does not depend on the batch size.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
