@@ -274,7 +274,8 @@ class _Tracing(TorchFunctionMode):
             return
         # A product of N vectors and a matrix of size (m, K) reads N m entries and returns N K.
         entries = max(other.numel() for other in others) * result.numel() / max(1, kernel.numel())
-        several = sum(size > 1 for size in kernel.shape) > 1  # a single vector, such as a query, is no layer
+        # A single vector, such as a query, is no layer, also where expand() repeats it for every sample.
+        several = sum(size > 1 and step > 0 for size, step in zip(kernel.shape, kernel.stride(), strict=True)) > 1
         innermost, is_product = self._frames[-1].name, function in PRODUCTS
         applied = _Applied(owners[id(kernel)], innermost, True, (), (), is_product, len(self.calls), function=function)
         applied.vectors = entries**0.5 if several and is_product else 0.0

@@ -176,6 +176,12 @@ USES = {
         lambda: nn.Linear(5, 1),
         lambda net, h: h * (net.part.weight[None] @ h.flatten(2)).softmax(-1).view(len(h), 1, 4, 4),
     ),
+    "expanded query": (
+        lambda: nn.Linear(5, 1),
+        lambda net, h: (
+            h * (net.part.weight.expand(len(h), 1, 5) @ h.flatten(2)).softmax(-1).view(len(h), 1, *h.shape[2:])
+        ),
+    ),
     "attention": (
         lambda: nn.MultiheadAttention(5, 1, batch_first=True),
         lambda net, h: net.part(*[h.flatten(2).mT] * 3)[0].mT.reshape(h.shape),
