@@ -131,14 +131,18 @@ def warn_of_inexact(
 def warn_of_mixed(name: str, prefix: str, record: Mapping[str, Any], earlier: Mapping[str, Any], resumed: bool) -> None:
     """Warn if a record of a history says that something else was measured than in the record before it.
 
-    The number of samples may vary from one validation to the next, so it counts only if the run was ``resumed`` in
-    between.
+    The number of samples may vary from one validation to the next, and the hash of a loss that counts its calls does.
+    So both count only if the run was ``resumed`` in between.
     """
+
+    def measured(value: Any) -> Any:
+        return value if resumed or not isinstance(value, str) else value.partition(" #")[0]
+
     changes = [
         f"{key} was {earlier[key]!r} and is {record[key]!r}"
         for key in record
         if key.partition("/dataloader_idx_")[0] in (MEASURED if resumed else MEASURED[:-1])
-        and record[key] != earlier.get(key, record[key])
+        and measured(record[key]) != measured(earlier.get(key, record[key]))
     ]
     if changes:
         rank_zero_warn(
