@@ -10,6 +10,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 
+from lightning_flatness.model.names import listed
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, summary_table
 from lightning_flatness.results.tables import PARTS, SAMPLED
 from lightning_flatness.results.texts import DATA
@@ -177,9 +178,7 @@ def _is_logged(name: str) -> bool:
 
 
 def _quoted(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(f"'{name}'" for name in names[:MOST_NAMES])
-    return shown + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    return listed([f"'{name}'" for name in names], MOST_NAMES)
 
 
 def _what(method: str, reason: str) -> str:
