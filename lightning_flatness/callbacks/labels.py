@@ -10,6 +10,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 
+from lightning_flatness.model.names import listed
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, summary_table
 from lightning_flatness.results.tables import PARTS, SAMPLED
 from lightning_flatness.results.texts import DATA
@@ -131,14 +132,18 @@ def warn_of_inexact(
 def warn_of_mixed(name: str, prefix: str, record: Mapping[str, Any], earlier: Mapping[str, Any], resumed: bool) -> None:
     """Warn if a record of a history says that something else was measured than in the record before it.
 
-    The number of samples may vary from one validation to the next, so it counts only if the run was ``resumed`` in
-    between.
+    The number of samples may vary from one validation to the next, and the hash of a loss that counts its calls does.
+    So both count only if the run was ``resumed`` in between.
     """
+
+    def measured(value: Any) -> Any:
+        return value if resumed or not isinstance(value, str) else value.partition(" #")[0]
+
     changes = [
         f"{key} was {earlier[key]!r} and is {record[key]!r}"
         for key in record
         if key.partition("/dataloader_idx_")[0] in (MEASURED if resumed else MEASURED[:-1])
-        and record[key] != earlier.get(key, record[key])
+        and measured(record[key]) != measured(earlier.get(key, record[key]))
     ]
     if changes:
         rank_zero_warn(
@@ -173,9 +178,7 @@ def _is_logged(name: str) -> bool:
 
 
 def _quoted(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(f"'{name}'" for name in names[:MOST_NAMES])
-    return shown + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    return listed([f"'{name}'" for name in names], MOST_NAMES)
 
 
 def _what(method: str, reason: str) -> str:

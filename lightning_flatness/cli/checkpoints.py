@@ -37,8 +37,8 @@ class Checkpoint:
         """Return the hyper-parameters that Lightning saved for the ``"model"`` or the ``"data"``, or an empty dict.
 
         If they are the content of one of the arguments in ``names``, the result has this argument alone. The entry
-        ``"_class_path"`` is the import path of the class, if LightningCLI has saved it. ``"_instantiator"`` is there if
-        LightningCLI has saved the others, too: as they are in a config.
+        ``"_class_path"`` is the import path of the class, if LightningCLI has saved it. With an entry
+        ``"_instantiator"``, LightningCLI has saved all entries, and they are as in a config.
         """
         prefix = "datamodule_" if kind == "data" else ""
         stored = self.content.get(f"{prefix}hyper_parameters")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -74,7 +75,11 @@ class Session:
         command = self.command
         owner = model if self._data is None else self._data
         if owner is not self._owner:
+            weights = deepcopy(model.state_dict())
             self._owner, self._trainer, self._splits = owner, set_up(owner, command.device), {}
+            if owner is model:  # as in Lightning, the weights of the checkpoint replace those that setup() has changed
+                model.load_state_dict(weights, strict=False)
+                model.eval()
         if split not in self._splits:
             number = command.loader if split == command.split else 0
             self._splits[split] = split_of(split, model, self._data, number, max_samples, self._trainer)

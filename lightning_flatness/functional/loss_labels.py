@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from inspect import getclosurevars, ismethod
+from itertools import count
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 SHOWN_WEIGHTS = 4  # longer class weights are shown as the first three and a hash
 DEPTH = 6  # objects that are nested more deeply are not told apart
+MOST_OBJECTS = 10_000  # nor are those after the first ones, in a large object such as a Trainer
 
 
 def with_hash(name: str, loss: Any) -> str:
@@ -30,7 +32,10 @@ def with_hash(name: str, loss: Any) -> str:
     """
     if isinstance(loss, FunctionType) and "<" not in loss.__qualname__:
         return name
-    content = content_of(loss)
+    try:
+        content = content_of(loss)
+    except Exception:  # a label is no reason to stop: an object may have attributes that cannot be read
+        return name
     return name if content == _type_of(loss) else f"{name} #{_hash(content)}"
 
 
@@ -47,13 +52,17 @@ def weights_text(weights: Sequence[float]) -> str:
     return f"[{', '.join(texts[:3])}, ... #{_hash(texts)}]"
 
 
-def content_of(value: Any, depth: int = DEPTH) -> Any:
-    """Return the code, attributes and entries of an object as strings, tuples and lists, alike in every process."""
-    if not depth:
+def content_of(value: Any, depth: int = DEPTH, objects: Iterator[int] | None = None) -> Any:
+    """Return the code, attributes and entries of an object as strings, tuples and lists, alike in every process.
+
+    ``objects`` counts the objects that have been looked at.
+    """
+    counted = count() if objects is None else objects
+    if not depth or next(counted) >= MOST_OBJECTS:
         return _type_of(value)
 
     def inner(one: Any) -> Any:
-        return content_of(one, depth - 1)
+        return content_of(one, depth - 1, counted)
 
     if value is None or isinstance(value, (str, bytes, int, float, complex)):
         return repr(value)
@@ -82,7 +91,7 @@ def content_of(value: Any, depth: int = DEPTH) -> Any:
     attributes = {key: one for key, one in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
     if isinstance(value, nn.Module):
         attributes |= dict(value.named_buffers()) | dict(value.named_children())
-        del attributes["training"]
+        attributes.pop("training", None)  # TorchScript modules have none
     return (_type_of(value), inner(attributes)) if attributes else _type_of(value)
 
 

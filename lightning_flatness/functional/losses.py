@@ -64,8 +64,8 @@ def are_integers(targets: Tensor) -> bool:
 def are_correct(logits: Tensor, targets: Tensor, kept: Tensor | None = None) -> Tensor:
     """Return for every sample whether its largest logit is that of its target: 1 or 0, float64, and 0 if ignored.
 
-    The result is NaN where this is not known. It is never known if targets are not class indices. Without ``kept``, a
-    mask of the samples that are not ignored, it is not known for targets outside ``0..K-1``, because they may mark
+    The result is NaN where this is not known. It is never known if targets are not class indices. ``kept`` is a mask of
+    the samples that are not ignored. Without it, the result is not known for targets outside ``0..K-1``, which may mark
     samples that the user's loss ignores. For ``logits`` of shape ``(..., N, K)``, the result has shape ``(..., N)``.
     """
     samples, classes = logits.shape[-2:]
@@ -227,8 +227,8 @@ class CrossEntropy(Loss):
             q = q * kept[:, None]
         c = q.sum(1, keepdim=True)
         residual = c * pi - q
-        # A row of the residual sums to zero. So its entry at the largest entry of q is computed as minus the sum of the
-        # other entries, which is accurate even when π is close to q.
+        # A row of the residual sums to zero. So its entry at the largest entry of q is minus the sum of the others,
+        # which is accurate even when π is close to q.
         top = q.argmax(1, keepdim=True)
         residual.scatter_(1, top, -residual.scatter(1, top, 0.0).sum(1, keepdim=True))
         losses = -torch.where(q > 0, q * torch.log_softmax(logits.double(), dim=1), 0.0).sum(1)

@@ -25,9 +25,9 @@ class Listener:
     """A context manager that records one call of a model by the user's code, and may observe its forward pass.
 
     Only one call counts: the first on the very objects ``inputs`` or, if there is none, the first call at all.
-    :attr:`call` keeps copies of its arguments, and what the model answered. Later calls on the same objects are
-    ignored. If the call that counts is not on ``inputs``, later calls on other objects are counted in
-    :attr:`num_others`.
+    In :attr:`call` are copies of its arguments, and what the model answered. Later calls on the same objects are
+    ignored. :attr:`num_others` is the number of later calls on other objects, if the call that counts is not on
+    ``inputs``.
 
     Errors of the package are never raised in the user's code, only in :meth:`result`. If observing makes the forward
     fail, the listener runs the forward again without observing it. After the call, the grad mode and the inference mode

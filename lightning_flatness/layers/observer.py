@@ -158,15 +158,15 @@ class FlatnessObserver:
         self._observable = outcome
         return outcome.compiled
 
-    def listen(self, inputs: Any = None, **options: bool) -> Listener:
+    def listen(self, inputs: Any = None, only: bool = True, compares_weights: bool = False) -> Listener:
         """Return a :class:`Listener` that observes the first call of the model by the user's code.
 
-        With ``inputs``, it observes the first call on these very objects. ``options`` are further ones of a listener.
+        With ``inputs``, it observes the first call on these very objects. The others are options of a listener.
         Requires: :meth:`why_not_live` was called and found that passes can be observed.
         """
         assert self._observable is not None
         recorder, precision = self._observable.context.recorder, self._observable.precision
-        return Listener(self._model, recorder, inputs, precision, **options)
+        return Listener(self._model, recorder, inputs, precision, only, compares_weights)
 
     def observed(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
         """Return the statistics of a batch from the forward pass that ``listener`` observed, keyed by layer name.

@@ -23,6 +23,12 @@ from lightning_flatness.model.precision import HALF
 
 # The machine epsilon of TF32, whose mantissa has ten bits.
 REDUCED_EPS = 2.0**-10
+# Functions that read of their first argument, or of the others, at most shape, dtype and device.
+LIKE_FIRST = {
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "zeros_like", "ones_like", "empty_like"),
+    *("full_like", "rand_like", "randn_like"),
+}
+LIKE_OTHER = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,7 @@ class _FunctionMode(TorchFunctionMode):
         result = func(*args, **keywords)
         for argument in (*args, *keywords.values()):
             for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
-                if id(tensor) in self._watched and _uses(func, tensor, result):
+                if id(tensor) in self._watched and _uses(func, tensor, args, result):
                     self.uses.append((self._watched[id(tensor)], getattr(func, "__name__", str(func))))
         if self.weights is not None and func in CONVOLVING:
             self.weights += [one for one in (*args, *keywords.values()) if type(one) is nn.Parameter]
@@ -267,11 +273,15 @@ class _FunctionMode(TorchFunctionMode):
         return result
 
 
-def _uses(func: Callable[..., Any], tensor: Tensor, result: Any) -> bool:
+def _uses(func: Callable[..., Any], tensor: Tensor, arguments: tuple[Any, ...], result: Any) -> bool:
     """Return whether ``result``, which ``func`` returned, may depend on the entries of ``tensor``.
 
-    A shape or a dtype does not, and a function such as ``to``, which returns the tensor itself, has not used it.
+    A shape or a dtype does not, nor does a tensor that is only made like this one. A function such as ``to`` that
+    returns the tensor itself has not used it.
     """
+    name, is_first = getattr(func, "__name__", ""), bool(arguments) and arguments[0] is tensor
+    if name in (LIKE_FIRST if is_first else LIKE_OTHER):
+        return False
     if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
         return False
-    return result is not tensor or getattr(func, "__name__", "").endswith("_")  # such as mul_ and __imul__
+    return result is not tensor or name.endswith("_")  # such as mul_ and __imul__

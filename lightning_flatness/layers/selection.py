@@ -65,7 +65,7 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
 def _classifier(traced: Trace) -> str | None:
     """Return the name of the last of the traced calls if its layer is linear, otherwise None.
 
-    This layer returns the logits, or no layer does and it is the last that runs.
+    If a layer returns the logits, the traced calls end with it. Otherwise they are all calls.
     A convolution from one pixel to one pixel counts as linear if its output has as many channels as there are logits.
     Without a classifier, the logits are assumed to be the pooled output of the last layer, as in SqueezeNet.
     """

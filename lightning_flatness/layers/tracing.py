@@ -180,6 +180,8 @@ class _Tracing(TorchFunctionMode):
         # The outputs of one vector for every sample, with their version counters, keyed by index in `calls`.
         self._vectors: dict[int, tuple[Tensor, int | None]] = {}
         self._modules = modules
+        own = [((name, key), p) for name, one in modules.items() for key, p in one._parameters.items()]
+        self._frozen = {owner for owner, parameter in own if parameter is not None and not parameter.requires_grad}
         self._frames: list[_Frame] = []
         self._owners: dict[int, tuple[str, str]] = {}
         self._buffers: set[int] = set()
@@ -272,9 +274,13 @@ class _Tracing(TorchFunctionMode):
         applies = function in PRODUCTS | OTHER_CONVOLUTIONS | TRANSPOSED and isinstance(result, Tensor)
         if not applies or not kernels or not others or kernel.ndim < 2:
             return
+        if owners[id(kernel)] in self._frozen and any((call.name, "weight") not in self._frozen for call in self.calls):
+            return  # a constant that follows a trained layer, like a buffer
         # A product of N vectors and a matrix of size (m, K) reads N m entries and returns N K.
         entries = max(other.numel() for other in others) * result.numel() / max(1, kernel.numel())
-        several = sum(size > 1 for size in kernel.shape) > 1  # a single vector, such as a query, is no layer
+        # A single vector, such as a query, is no layer, also where expand() repeats it for every sample.
+        steps = kernel.stride() if kernel.layout == torch.strided else kernel.shape
+        several = sum(size > 1 and step > 0 for size, step in zip(kernel.shape, steps, strict=True)) > 1
         innermost, is_product = self._frames[-1].name, function in PRODUCTS
         applied = _Applied(owners[id(kernel)], innermost, True, (), (), is_product, len(self.calls), function=function)
         applied.vectors = entries**0.5 if several and is_product else 0.0

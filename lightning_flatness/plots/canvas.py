@@ -1,4 +1,4 @@
-"""Helpers for all figures: axes, panels, curves, dots with error bars, and round ticks.
+"""What all figures share: axes, panels, curves, dots with error bars, and round ticks.
 
 The functions import matplotlib only when they are called, because it is optional. No code imports pyplot.
 """

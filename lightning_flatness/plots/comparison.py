@@ -1,4 +1,4 @@
-"""Draw a comparison of models. The helpers in this module also serve ``gap.py``."""
+"""Draw a comparison of models. ``gap.py`` draws its axes with functions of this module."""
 
 from __future__ import annotations
 

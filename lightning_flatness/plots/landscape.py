@@ -1,4 +1,4 @@
-"""Helpers for all figures of landscapes: losses to draw, points without a loss, titles, axis labels, colours."""
+"""What all figures of landscapes share: losses to draw, points without a loss, titles, axis labels, colours."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def plot_density(
     sigma = default_sigma(low, high) if sigma is None else sigma
     margin = max(4 * sigma, (high - low) / 50)
     grid = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64, device="cpu")
-    of_probes = result._densities(grid, sigma)
+    of_probes = result.densities(grid, sigma)
     density = of_probes.mean(0)
     top = float(density.max())
     floor = top / 10**DECADES

@@ -54,6 +54,7 @@ class Record(Saved):
         """Return a ``rich`` table of the main numbers."""
         raise NotImplementedError
 
+    # A result that is a Mapping, too, needs these two: a Mapping is equal to others, and has no hash.
     def __eq__(self, other: object) -> bool:
         return self is other
 

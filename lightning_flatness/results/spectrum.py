@@ -130,9 +130,9 @@ class SpectrumResult(Record):
         if grid is None:
             grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, 2000, dtype=torch.float64, device="cpu")
         grid = grid.double()
-        return grid, self._densities(grid, sigma).mean(0)
+        return grid, self.densities(grid, sigma).mean(0)
 
-    def _densities(self, grid: Tensor, sigma: float) -> Tensor:
+    def densities(self, grid: Tensor, sigma: float) -> Tensor:
         """Return the density at the points ``grid`` as each probe alone estimates it, float64 ``(P, n)``."""
         if not sigma > 0:
             raise FlatnessError(f"sigma={sigma!r} must be positive.")

@@ -91,7 +91,7 @@ class LayerInfo(Record):
     @property
     def label(self) -> str:
         """Text for the table column "exact": ``"yes"``, or ``"no"`` and what the numbers describe instead."""
-        return "yes" if self.exact else "no: estimate" if self.reason == SAMPLED else LABELS[self.method]
+        return "yes" if self.exact else "no: estimate" if self.reason == SAMPLED else LABELS.get(self.method, "no")
 
     def table(self) -> Table:
         """Return a ``rich`` table of how the layer is measured."""
@@ -208,7 +208,7 @@ def sentence_of(info: LayerInfo) -> str:
     """Return the end of a sentence: "exact", or "not exact" with what the numbers describe instead, and why."""
     if info.exact:
         return "exact"
-    part = "estimates" if info.reason == SAMPLED else PARTS[info.method]
+    part = "estimates" if info.reason == SAMPLED else PARTS.get(info.method, METHODS[info.method])
     return f"not exact: {part}, since {info.reason}"
 
 

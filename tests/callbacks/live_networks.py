@@ -72,6 +72,7 @@ class LooksAtKernels(Plain):
         if type(kernel) not in (nn.Parameter, torch.Tensor):
             raise TypeError(type(kernel))
         nn.Parameter(kernel)
+        x = x.type_as(kernel).to(kernel) + kernel.new_zeros(1) + torch.zeros_like(kernel).sum()
         return super().before(x)
 
 

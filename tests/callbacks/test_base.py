@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -128,6 +129,26 @@ def test_resuming_with_another_measurement_is_warned_of_once(tmp_path, make, opt
     with pytest.warns(UserWarning, match=f"from epoch [23] on.*: {words}. .*another prefix=") as caught:
         trainer.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "two.ckpt")
     assert sum("another prefix=" in str(warning.message) for warning in caught) == 1
+
+
+class Counting:
+    """Keeps the number of its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, logits, targets):
+        self.calls += 1
+        return halved(logits, targets)
+
+
+def test_a_loss_that_counts_its_calls_is_one_measurement(tmp_path):
+    callback = flatness_callback(loss=Counting())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, callback)
+    assert [one for one in caught if "another prefix=" in str(one.message)] == []
+    assert [record["loss_name"][:10] for record in callback.history] == ["Counting #"] * 2
 
 
 def test_checkpoint_of_an_epoch_contains_its_measurement(tmp_path):

@@ -299,3 +299,12 @@ class OfOptions(Net):
     def __init__(self, options: dict, width: int = 2):
         super().__init__(width)
         self.save_hyperparameters(options)
+
+
+class Initialises(Whole):
+    """Before a fit, ``setup`` sets the weights of its head, as it does for pretrained ones."""
+
+    def setup(self, stage):
+        if stage == "fit":
+            nn.init.zeros_(self.net[-1].weight)
+            self.train()

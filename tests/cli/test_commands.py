@@ -248,6 +248,12 @@ def test_a_module_with_data_of_its_own_sets_them_up_once(runs, numbers):
     assert found["details"]["Hash of the data"] == data_hash(drawn_split(Net)[1].val_dataloader())
 
 
+@guards("cli/session.py", "if owner is model:", "if False:")
+def test_setup_does_not_change_the_weights_of_the_checkpoint(runs, numbers):
+    actual = numbers("measure", runs / "small.ckpt", "--model", "tests.cli.project.Initialises")
+    assert actual["loss"] == numbers("measure", runs / "small.ckpt", *NET, *DATA)["loss"]
+
+
 @guards("cli/session.py", "if owner is not self._owner:", "if True:")
 @pytest.mark.parametrize("words", OWN_DATA, ids=["module", "data module"])
 def test_training_data_are_of_the_same_drawn_split(runs, numbers, words):

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lightning_flatness as lf
 from lightning_flatness.functional import find_loss
+from lightning_flatness.functional.loss_labels import content_of
 
 
 def focal(gamma, wrong=0.0):
@@ -68,6 +70,61 @@ def test_a_label_stays_while_parameters_are_trained():
     before = [find_loss(loss).label for loss in losses]
     head.weight.data += 1
     assert before == [find_loss(loss).label for loss in losses]
+
+
+class Counts(Method):
+    """Keeps the number of its calls."""
+
+    def __call__(self, logits, targets):
+        self.gamma += 1
+        return F.cross_entropy(logits, targets, reduction="none")
+
+
+def test_a_label_stays_while_a_loss_counts_its_calls():
+    loss = find_loss(Counts(0))
+    before = loss.label
+    loss(torch.zeros(3, 2), torch.tensor([0, 1, 0]))
+    assert loss.label == before
+
+
+def test_a_landscape_is_resumed_though_a_loss_counts_its_calls():
+    net, batches, loss = nn.Linear(2, 2), [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))], Counts(0)
+    part = lf.loss_landscape(net, batches, steps=3, loss=loss)
+    assert lf.loss_landscape(net, batches, steps=3, loss=loss, resume=part).complete
+    with pytest.raises(lf.FlatnessError, match="differs in loss"):
+        lf.loss_landscape(net, batches, steps=3, loss=Method(1).loss, resume=part)
+
+
+def with_an_empty_cell():
+    def loss(logits, targets):
+        return later(logits, targets)
+
+    if False:
+        later = None
+    return loss
+
+
+class PerSample(nn.Module):
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor):
+        return F.cross_entropy(logits, targets, reduction="none")
+
+
+UNREADABLE = {
+    "sparse": lambda: Method(torch.eye(3).to_sparse()).loss,
+    "meta": lambda: Method(torch.zeros(3, device="meta")).loss,
+    "empty cell": with_an_empty_cell,
+    "TorchScript": lambda: torch.jit.script(PerSample()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore:.*jit:FutureWarning")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_loss_that_cannot_be_read_has_a_label(kind):
+    assert find_loss(UNREADABLE[kind]()).label.partition(" #")[0] in ("loss", "RecursiveScriptModule")
+
+
+def test_a_large_object_is_read_in_part():
+    assert len(repr(content_of([[[0] * 100] * 100] * 100))) < 200_000
 
 
 @pytest.mark.parametrize(

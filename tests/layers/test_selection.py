@@ -176,6 +176,12 @@ USES = {
         lambda: nn.Linear(5, 1),
         lambda net, h: h * (net.part.weight[None] @ h.flatten(2)).softmax(-1).view(len(h), 1, 4, 4),
     ),
+    "expanded query": (
+        lambda: nn.Linear(5, 1),
+        lambda net, h: (
+            h * (net.part.weight.expand(len(h), 1, 5) @ h.flatten(2)).softmax(-1).view(len(h), 1, *h.shape[2:])
+        ),
+    ),
     "attention": (
         lambda: nn.MultiheadAttention(5, 1, batch_first=True),
         lambda net, h: net.part(*[h.flatten(2).mT] * 3)[0].mT.reshape(h.shape),
@@ -188,3 +194,14 @@ def test_other_uses_of_parameters_are_no_layers(kind):
     net = Applies(*USES[kind])
     assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["conv"]
     assert list(lf.measure_flatness(net, [(X, Y)], layers="classifier").layers) == ["fc"]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_frozen_projection_is_no_layer_unless_all_is_frozen(trains):
+    net = Applies(*CONVOLUTIONS["unfold"][:2]).requires_grad_(trains)
+    net.kernel.requires_grad_(False)
+    if trains:
+        assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["conv"]
+        assert list(lf.measure_flatness(net, [(X, Y)], layers="all").layers) == ["conv", "hidden", "fc"]
+    else:
+        refused(lf.LayerSelectionError, "'last': 'kernel' runs after 'conv'", net)

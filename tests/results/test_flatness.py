@@ -83,6 +83,13 @@ def test_backward_passes_are_counted(passes, words):
     assert words in " ".join(as_text(summary_table({"0": info})).split())
 
 
+def test_a_closed_form_that_is_not_exact_has_a_label():
+    """As a file of another program may say."""
+    info = replace(flatness().layers["0"].info, method="closed_form", exact=False, reason="it is odd")
+    assert info.label == "no"
+    assert "not exact: closed form, since it is odd" in repr(info)
+
+
 def test_layers_are_named_where_reasons_differ():
     report = flatness()
     first = report.layers["0"]

@@ -28,17 +28,18 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
         others = {call.node.shape[0] for call in of_layer} - {len(logits)}
         if all(gradient is None for gradient in pulled):
             reasons[name] = (
-                "the logits do not depend on its output through autograd: the forward detaches it, runs what follows "
-                "under torch.no_grad(), as TorchScript or in a checkpoint with use_reentrant=True, or does not use it. "
+                "the logits do not depend on its output through autograd. The forward does not use it, detaches it, or "
+                "runs what follows under torch.no_grad(), as TorchScript or in a checkpoint with use_reentrant=True. "
                 "Choose another layer with layers=."
             )
         elif not all(gradient is None or bool(gradient.isfinite().all()) for gradient in pulled):
             raise BatchError(f"Layer '{name}': {NOT_FINITE}")
         elif others:
+            runs = "it runs" if len(of_layer) == 1 else "one of its calls runs"
             reasons[name] = (
-                f"it runs on {max(others)} rows for {len(logits)} samples (windows or tokens folded into the batch, or "
-                "a table that all samples share), so derivatives of single samples cannot be told apart. Choose "
-                "another layer with layers=."
+                f"{runs} on {max(others)} rows for {len(logits)} samples, so derivatives of single samples cannot be "
+                "told apart. Rows may be windows or tokens that are folded into the batch, or those of a table that "
+                "all samples share. Choose another layer with layers=."
             )
     return reasons
 
@@ -72,8 +73,8 @@ NOT_FINITE = (
 
 
 SAMPLES_MIX = (
-    "after it, the logits of one sample depend on other samples (e.g. by batch statistics in evaluation mode, or in "
-    "pairs of samples), so the loss is not a mean over samples. Use running statistics, or a model that takes a pair "
+    "after it, the logits of one sample depend on other samples, so the loss is not a mean over samples. The cause may "
+    "be batch statistics in evaluation mode, or pairs of samples. Use running statistics, or a model that takes a pair "
     "as one sample."
 )
 

@@ -114,7 +114,7 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
     tail, operations = known.value, operations_of(head.features, samples=len(node))
     if operations is None:
         raise NotClosedFormError(
-            "in half precision the names of the operations after it must show that no channels mix, which those of "
+            "in half precision the names of the operations after it must show that no channels mix. Those of "
             "custom operations, indexing, and reductions before a nonlinear function do not"
         )
     if known.fingerprint not in (None, operations):
@@ -311,6 +311,6 @@ def _deviation(actual: Tensor, expected: Tensor) -> float:
 
 
 NO_GRAPH = (
-    "the classifier's input does not depend on its output through autograd: the forward detaches it, runs that part "
+    "the classifier's input does not depend on its output through autograd. The forward detaches it, runs that part "
     "under torch.no_grad() or as TorchScript, or does not use it. Choose another layer with layers=."
 )

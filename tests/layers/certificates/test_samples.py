@@ -153,7 +153,7 @@ def test_a_layer_that_also_runs_on_other_rows_is_refused(used):
         scores = net.a(x).relu() @ support.mT
         return net.c(net.a(x).relu()) + (scores.sum(1, keepdim=True) if used else 0)
 
-    with pytest.raises(lf.LayerSelectionError, match="'a': it runs on 3 rows for 8 samples"):
+    with pytest.raises(lf.LayerSelectionError, match="'a': one of its calls runs on 3 rows for 8 samples"):
         lf.measure_flatness(linear_net(forward), [(VECTORS, LABELS)], layers="a")
     report = lf.measure_flatness(linear_net(forward), [(VECTORS, LABELS)], layers="all")
     assert list(report.layers) == ["c"]
