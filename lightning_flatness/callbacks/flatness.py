@@ -205,13 +205,13 @@ class FlatnessCallback(FlatnessHistory):
 
     def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before training, check how each layer can be measured, if one batch of the data can be read for this."""
-        waits = self._data_name == "val" and self._network is None
+        waits = self._network is None and (self._data_name == "val" or not trainer.enable_validation)
         try:
             samples = first_samples(trainer, pl_module, self._wanted)
             if samples is not None and not self._errors.pending:
                 self._certify(self._network_of(pl_module), samples)
         except Exception as error:
-            # The first validation step will show the network and its inputs, so the layers can be checked then.
+            # The first step will show the network and its inputs, so the layers can be checked then.
             if not waits or isinstance(error, (LayerSelectionError, NotExactError)):
                 raise
 

@@ -168,7 +168,7 @@ class CallsNothing(Steps):
         return torch.ones(len(x), 3)
 
 
-@guards("callbacks/base.py", "if differs and asked.is_given:", "if False:")
+@guards("callbacks/shown.py", "if differs and asked.is_given:", "if False:")
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_inputs_of_batch_fn_that_the_step_does_not_give(tmp_path, data):
     callback, module = flatness_callback(data=data, batch_fn=lambda batch: (batch[0], batch[1])), Normalises()
