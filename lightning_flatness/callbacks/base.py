@@ -164,11 +164,13 @@ class MeasuringCallback(Callback):
         """
         if self._errors.pending:
             return
-        with self._measuring(trainer, pl_module):
-            before = self._network
-            now = present_network(before, pl_module, self.model) if before else None
-            self._network = now if before is now or (before and not before.is_called) else None
-            if self._network is None:
+        before = self._network
+        if before is not None:
+            with self._errors.kept(trainer.world_size):  # and no _measuring, which costs time in every validation
+                now = present_network(before, pl_module, self.model)
+                self._network = now if before is now or not before.is_called else None
+        if self._network is None and not self._errors.pending:
+            with self._measuring(trainer, pl_module):
                 self._start_watching(pl_module, batch)
 
     def on_validation_batch_end(
