@@ -146,7 +146,7 @@ class MeasuringCallback(Callback):
         if not self._is_restored:
             self.history = []
         if not self.history:
-            warn_of_traps(trainer, self.prefix)
+            warn_of_traps(trainer, self.prefix, self._errors.on_error)
         self._is_restored = False
         self._release()
         self._errors.start_run()

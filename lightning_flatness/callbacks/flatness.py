@@ -85,7 +85,7 @@ class FlatnessCallback(FlatnessHistory):
         seed: seed of the random probe vectors.
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
         live: measure in validation's own forward passes if a trial shows that this changes nothing; else in extra ones.
-        on_error: ``"raise"``, or ``"warn"`` to train on and log NaN, where ``EarlyStopping`` needs ``check_finite=False``.
+        on_error: ``"raise"``, or ``"warn"`` to train on and log NaN. ``EarlyStopping`` needs ``check_finite=False``.
 
     Attributes:
         history: one record for every measurement of a fit, saved in checkpoints. A record is a dict. It has the numbers

@@ -86,7 +86,12 @@ class TeacherWithoutForward(Teacher):
 @guards("callbacks/shown.py", "network = network_without_step(pl_module, model)", "raise error", ids="forward")
 @pytest.mark.parametrize(
     ("make", "model", "name"),
-    [(Teacher, None, "forward()"), (Teacher, "net", None), (PreparesForAnother, None, "'net'"), (Prepares, "net", "model=")],
+    [
+        (Teacher, None, "forward()"),
+        (Teacher, "net", None),
+        (PreparesForAnother, None, "'net'"),
+        (Prepares, "net", "model="),
+    ],
     ids=["forward", "one of two", "shown", "named"],
 )
 def test_training_steps_that_do_not_show_the_network_change_nothing(tmp_path, make, model, name):
@@ -150,7 +155,9 @@ MODULES = {
 
 
 @guards("callbacks.base:MeasuringCallback.on_before_backward", returns=None, ids="checkpointed")
-@guards("callbacks/flatness.py", "or not trainer.enable_validation)\n        try", ")\n        try", ids="without forward")
+@guards(
+    "callbacks/flatness.py", "or not trainer.enable_validation)\n        try", ")\n        try", ids="without forward"
+)
 @pytest.mark.parametrize("make", MODULES)
 def test_training_that_shows_the_network_stays_as_it_is(tmp_path, make):
     callback, batches = flatness_callback(data="train"), loaders()[:1]

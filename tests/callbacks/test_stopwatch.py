@@ -72,7 +72,12 @@ class Event:
 
 
 @guards("callbacks/flatness.py", "if (self._running or self._asked) and", "if", ids="flatness")
-@guards("callbacks/base.py", "with self._errors.kept(trainer.world_size):  # and no", "with self._measuring(trainer, pl_module):  # and no", ids="spectrum")
+@guards(
+    "callbacks/base.py",
+    "with self._errors.kept(trainer.world_size):  # and no",
+    "with self._measuring(trainer, pl_module):  # and no",
+    ids="spectrum",
+)
 @pytest.mark.parametrize("kind", ["flatness", "spectrum"])
 def test_no_events_where_nothing_is_measured(tmp_path, monkeypatch, kind):
     events, counts = [], {}
