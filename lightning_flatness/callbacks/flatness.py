@@ -312,7 +312,7 @@ class FlatnessCallback(FlatnessHistory):
         running, self._running = self._running, None
         if running is None and not self._errors.pending:  # no measurement was due
             if trainer.state.fn == "fit" and self.history:
-                logged.log_again(trainer, pl_module, self.prefix, self.history, self._measures[-1])
+                logged.log_again(trainer, pl_module, self.prefix, self.history, self._charted_measure)
             return
         with self._measuring(trainer, pl_module):
             # Validated batches are all measured by now. A rank without a batch does not know the network.
@@ -339,7 +339,7 @@ class FlatnessCallback(FlatnessHistory):
         self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
         values = labels.values_of_loaders(self.reports, self._measures)
         record = logged.record_of(trainer, values | {"seconds": seconds})
-        logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._measures[-1]))
+        logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._charted_measure))
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 
     def _release(self) -> None:
