@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks.data.sources import Asked, BatchFunction, Wanted
@@ -31,12 +30,13 @@ from lightning_flatness.callbacks.network import (
 )
 from lightning_flatness.callbacks.prefixes import UncheckedKey, check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
+from lightning_flatness.callbacks.shown import check_inputs, network_after_unclear_step, warn_of_unseen
 from lightning_flatness.callbacks.step_watch import StepWatch, is_watchable
 from lightning_flatness.callbacks.stopwatch import Stopwatch
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.batches import as_batches
-from lightning_flatness.model.call import Call, same_tensors
+from lightning_flatness.model.call import Call
 from lightning_flatness.model.whole import WholeWeights
 
 Record = dict[str, Any]
@@ -146,7 +146,7 @@ class MeasuringCallback(Callback):
         if not self._is_restored:
             self.history = []
         if not self.history:
-            warn_of_traps(trainer, self.prefix)
+            warn_of_traps(trainer, self.prefix, self._errors.on_error)
         self._is_restored = False
         self._release()
         self._errors.start_run()
@@ -164,11 +164,13 @@ class MeasuringCallback(Callback):
         """
         if self._errors.pending:
             return
-        with self._measuring(trainer, pl_module):
-            before = self._network
-            now = present_network(before, pl_module, self.model) if before else None
-            self._network = now if before is now or (before and not before.is_called) else None
-            if self._network is None:
+        before = self._network
+        if before is not None:
+            with self._errors.kept(trainer.world_size):  # and no _measuring, which costs time in every validation
+                now = present_network(before, pl_module, self.model)
+                self._network = now if before is now or not before.is_called else None
+        if self._network is None and not self._errors.pending:
+            with self._measuring(trainer, pl_module):
                 self._start_watching(pl_module, batch)
 
     def on_validation_batch_end(
@@ -200,7 +202,7 @@ class MeasuringCallback(Callback):
         """In a fit without validation, record the calls of modules in the first training step that calls some."""
         needs_step = self._data_name != "val" and not trainer.enable_validation
         if needs_step and self._network is None and not self._errors.pending:
-            with self._measuring(trainer, pl_module):
+            with self._measuring(trainer, pl_module), self._training_step(pl_module):
                 self._start_watching(pl_module, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -212,7 +214,20 @@ class MeasuringCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Find out which of the modules that the training step has called is the network."""
-        MeasuringCallback.on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx)
+        if self._asked is not None and not self._errors.pending:
+            with self._measuring(trainer, pl_module), self._training_step(pl_module):
+                self._find_network(pl_module)
+        self._stop_watching()
+
+    @contextmanager
+    def _training_step(self, pl_module: LightningModule) -> Iterator[None]:
+        """If the ``with`` block raises an error, warn and measure as if no training step had been seen."""
+        try:
+            yield
+        except Exception as error:
+            self._stop_watching()
+            given = (self._name, pl_module, self.model)
+            self._network = network_after_unclear_step(*given, self._network, error)
 
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
         self._stop_watching()  # an earlier step may have raised an error
@@ -248,15 +263,7 @@ class MeasuringCallback(Callback):
                 return None  # a later step will tell
             self._network = network_without_step(pl_module, self.model)
             if self._data_name == "val" and not asked.is_given:
-                compiled, none = (
-                    "torch.compile runs the whole validation step",
-                    "the validation step does not call the network",
-                )
-                rank_zero_warn(
-                    f"{self._name} cannot see what the network is given ({none if watched else compiled}), so it "
-                    "measures the batch's own inputs. If the network takes other inputs, give batch_fn=, a function "
-                    "from a batch to (inputs, targets)."
-                )
+                warn_of_unseen(self._name, watched)
             return None
         found = watch.found(asked.inputs, asked.is_given)
         self._network = found.network
@@ -264,20 +271,7 @@ class MeasuringCallback(Callback):
             asked.refuse_doubtful(found.call)
         if found.call is None or asked.inputs is None or (self._follows_steps and not asked.is_given):
             return found.call
-        differs = not same_tensors(found.call, asked.copied, asked.targets)
-        if differs and asked.is_given:
-            remedy = " To measure the inputs of the step, return (None, targets) from batch_fn=."
-            rank_zero_warn(
-                f"{self._name}: batch_fn= gives other inputs than the {watch.step} step gives to the network. The "
-                f"inputs from batch_fn= are measured.{remedy if self._follows_steps else ''}"
-            )
-        elif differs:
-            data = repr(self.data) if isinstance(self.data, str) else ""
-            raise FlatnessError(
-                f"{self._name}: the {watch.step} step gives other tensors to the network than those of the batch. But "
-                f"the batches of data={data} are measured without this step. Give batch_fn=, a function that takes a "
-                "batch, prepares the inputs as the step does, and returns (inputs, targets)."
-            )
+        check_inputs(self._name, self.data, watch.step, asked, found.call, self._follows_steps)
         return found.call
 
     def _gather(self, pl_module: LightningModule) -> None:

@@ -28,6 +28,7 @@ from lightning_flatness.callbacks.lightning_imports import LightningModule, Trai
 from lightning_flatness.callbacks.logged import log, log_failure
 from lightning_flatness.callbacks.loggers import logged_step
 from lightning_flatness.callbacks.monitors import watched_keys
+from lightning_flatness.callbacks.stopwatch import Stopwatch
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.measure.ranks import gather
@@ -204,6 +205,7 @@ class EpochEndCallback(MeasuringCallback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, final: bool) -> None:
         where = "the end of the fit" if final else f"epoch {epoch}"
         batches: list[Samples] = []
+        self._stopwatch = Stopwatch()
         with self._measuring(trainer, pl_module):
             batches = list(self._source(trainer, pl_module).rest())
         if not self._is_settled(pl_module, where, final):  # computing is a collective, so no rank may have failed

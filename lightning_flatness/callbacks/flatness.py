@@ -85,7 +85,7 @@ class FlatnessCallback(FlatnessHistory):
         seed: seed of the random probe vectors.
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
         live: measure in validation's own forward passes if a trial shows that this changes nothing; else in extra ones.
-        on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs NaN.
+        on_error: ``"raise"``, or ``"warn"`` to train on and log NaN. ``EarlyStopping`` needs ``check_finite=False``.
 
     Attributes:
         history: one record for every measurement of a fit, saved in checkpoints. A record is a dict. It has the numbers
@@ -205,13 +205,13 @@ class FlatnessCallback(FlatnessHistory):
 
     def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before training, check how each layer can be measured, if one batch of the data can be read for this."""
-        waits = self._data_name == "val" and self._network is None
+        waits = self._network is None and (self._data_name == "val" or not trainer.enable_validation)
         try:
             samples = first_samples(trainer, pl_module, self._wanted)
             if samples is not None and not self._errors.pending:
                 self._certify(self._network_of(pl_module), samples)
         except Exception as error:
-            # The first validation step will show the network and its inputs, so the layers can be checked then.
+            # The first step will show the network and its inputs, so the layers can be checked then.
             if not waits or isinstance(error, (LayerSelectionError, NotExactError)):
                 raise
 
@@ -236,7 +236,8 @@ class FlatnessCallback(FlatnessHistory):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Start to record the network's inputs in this step and, if possible, the network's forward pass."""
-        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if self._running is not None or self._network is None:
+            super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         network, follows = self._network, self._data_name == "val" and not self._errors.pending
         if self._running is not None and network is not None and follows:
             with self._measuring(trainer, pl_module):
@@ -257,7 +258,7 @@ class FlatnessCallback(FlatnessHistory):
         The end of the validation epoch is too late, because weight averaging swaps the weights back there. In a sanity
         check, only find out how each layer can be measured.
         """
-        if not self._errors.pending:
+        if (self._running or self._asked) and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 asked, is_watched = self._asked, self._network is None
                 call = self._find_network(pl_module) if asked is not None and is_watched else None
@@ -294,13 +295,13 @@ class FlatnessCallback(FlatnessHistory):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[float]) -> None:
         self._running = self._awaits_accuracy = None
+        self._stopwatch = Stopwatch()
         if not self.is_due(trainer):
             return
         warn_of_initial_weights(trainer, self._name)
         if self._data_name == "train" and trainer.state.fn != "fit":
             logged.warn_outside_of_fit()
             return
-        self._stopwatch = Stopwatch()
         self._gather(pl_module)
         self._num_sources = max(1, len(num_batches)) if self._data_name == "val" else 1
         with self._measuring(trainer, pl_module):
@@ -311,7 +312,7 @@ class FlatnessCallback(FlatnessHistory):
         running, self._running = self._running, None
         if running is None and not self._errors.pending:  # no measurement was due
             if trainer.state.fn == "fit" and self.history:
-                logged.log_again(trainer, pl_module, self.prefix, self.history, self._measures[-1])
+                logged.log_again(trainer, pl_module, self.prefix, self.history, self._charted_measure)
             return
         with self._measuring(trainer, pl_module):
             # Validated batches are all measured by now. A rank without a batch does not know the network.
@@ -338,7 +339,7 @@ class FlatnessCallback(FlatnessHistory):
         self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
         values = labels.values_of_loaders(self.reports, self._measures)
         record = logged.record_of(trainer, values | {"seconds": seconds})
-        logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._measures[-1]))
+        logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._charted_measure))
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 
     def _release(self) -> None:

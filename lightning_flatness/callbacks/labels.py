@@ -122,7 +122,7 @@ def warn_of_inexact(
         ]
         rank_zero_warn(
             f"FlatnessCallback: not all numbers under '{prefix}/' are exactly those of the Hessian, and "
-            f"{_quoted(keys)} is 0. "
+            f"{_quoted(keys)} {'is' if len(keys) == 1 else 'are'} 0. "
             + " ".join(f"{_quoted(dict.fromkeys(group))}: {_what(*what)}." for what, group in names.items())
             + " With strict=True this is an error."
         )

@@ -35,17 +35,24 @@ def watched_keys(callback: Any) -> list[str]:
     return [key for key in keys if isinstance(key, str)]
 
 
-def warn_of_traps(trainer: Trainer, prefix: str) -> None:
+def warn_of_traps(trainer: Trainer, prefix: str, on_error: str) -> None:
     """Warn if a callback of Lightning monitors flatness from the first epoch on, or in the wrong direction.
 
-    Only keys with this ``prefix`` count. Subclasses of Lightning's callbacks do not count, because they may begin
-    later.
+    With ``on_error="warn"``, also warn if an ``EarlyStopping`` stops training at the NaN of a failed measurement. Only
+    keys with this ``prefix`` count. Subclasses of Lightning's callbacks do not count, because they may begin later.
     """
     for callback in callbacks_of(trainer):
         kind, key = type(callback), str(getattr(callback, "monitor", None))
         measure = key.partition("/dataloader_idx_")[0].rpartition("/")[2]
-        is_own = key.startswith(f"{prefix}/") and measure in FLAT_IF_SMALL
-        if not is_own or kind.__name__ not in REMEDIES or not kind.__module__.startswith(ROOTS):
+        is_lightning = kind.__name__ in REMEDIES and kind.__module__.startswith(ROOTS)
+        if not key.startswith(f"{prefix}/") or not is_lightning:
+            continue
+        if on_error == "warn" and kind.__name__ == "EarlyStopping" and callback.check_finite:
+            rank_zero_warn(
+                f"EarlyStopping(monitor='{key}') stops training after a failed measurement, which logs NaN with "
+                "on_error='warn'. Use check_finite=False."
+            )
+        if measure not in FLAT_IF_SMALL:
             continue
         what, remedy = REMEDIES[kind.__name__]
         if callback.mode == "max":

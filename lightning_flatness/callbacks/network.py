@@ -91,13 +91,13 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
 def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
     """Return the network that ``model`` names, or the LightningModule if ``model`` is None.
 
-    Use this function if no validation step has shown which network it calls.
+    Use this function if no step has shown which network it calls.
     """
     named = named_network(pl_module, model)
     if named is None and not is_overridden("forward", pl_module) and "forward" not in vars(pl_module):
         children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
         raise FlatnessError(
-            f"{type(pl_module).__name__} has no forward(), and no validation step has shown which network it calls. "
+            f"{type(pl_module).__name__} has no forward(), and no step has shown which network it calls. "
             "Use model=... to name the attribute that is the network. The LightningModule has these submodules: "
             f"{children}."
         )

@@ -22,7 +22,7 @@ class RankErrors:
     """
 
     def __init__(self, on_error: Literal["raise", "warn"], name: str, measured: str) -> None:
-        self._on_error = on_error
+        self.on_error = on_error
         self._name, self._measured = name, measured
         self.pending: str | None = None  # message of the stored error
         self._last_warning: str | None = None
@@ -40,7 +40,7 @@ class RankErrors:
         try:
             yield
         except Exception as error:
-            if num_ranks == 1 and self._on_error == "raise":
+            if num_ranks == 1 and self.on_error == "raise":
                 if not isinstance(error, FlatnessError) and hasattr(error, "add_note"):  # from Python 3.11 on
                     error.add_note(f"This happened while {self._name} was measuring.")
                 raise
@@ -62,7 +62,7 @@ class RankErrors:
             return True
         rank, message = failed[0]
         on_rank = f" on rank {rank}" if len(messages) > 1 else ""
-        if self._on_error == "raise":
+        if self.on_error == "raise":
             failed_at = f"could not {task}" if task else f"failed at {where}"
             raise FlatnessError(f"{self._name} {failed_at}{on_rank}: {message}")
         if message != self._last_warning:  # an error that persists gives one warning only

@@ -1,12 +1,14 @@
 """What the spectrum's and the landscape's numbers are is said where they go; checkpoints hold the labels."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_flatness as lf
+from lightning_flatness.callbacks.labels import warn_of_inexact
 from tests.callbacks.epoch_end_runs import KINDS, kinds
 from tests.callbacks.flatness_runs import fit, flatness_callback, warnings_of
 from tests.callbacks.lightning_modules import Classifier, MixingNet
@@ -50,3 +52,11 @@ def test_checkpoints_hold_the_labels(tmp_path):
         if key.startswith("FlatnessCallback")
     ]
     assert [record["exact"] for record in state["history"]] == [False, False]
+
+
+def test_keys_of_several_loaders_are_0():
+    info = SimpleNamespace(name="one", exact=False, method="gauss_newton", reason="of a reason")
+    other = SimpleNamespace(**{**vars(info), "name": "other"})
+    with warnings_of("not all numbers") as found:
+        warn_of_inexact({0: [info], 1: [other]}, frozenset(), "flatness")
+    assert "'flatness/exact', 'flatness/exact/dataloader_idx_1' are 0. " in found[0]

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 import lightning_flatness as lf
 from lightning_flatness.callbacks.monitors import FLAT_IF_SMALL
 from tests.callbacks.epoch_end_runs import KINDS
-from tests.callbacks.flatness_runs import MONITOR, fit, flatness_callback
+from tests.callbacks.flatness_runs import MONITOR, fit, flatness_callback, warnings_of
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
 from tests.guarding import guards
 
@@ -28,7 +28,9 @@ def checkpoint(folder, **options):
     return ModelCheckpoint(folder / "kept", **({"monitor": MONITOR} | options))
 
 
-@guards("callbacks/base.py", "warn_of_traps(trainer, self.prefix)", "pass", ids="ModelCheckpoint")
+@guards(
+    "callbacks/base.py", "warn_of_traps(trainer, self.prefix, self._errors.on_error)", "pass", ids="ModelCheckpoint"
+)
 @pytest.mark.parametrize("kind", ["ModelCheckpoint", "EarlyStopping"])
 def test_the_first_epochs_are_warned_of(tmp_path, kind):
     watching = checkpoint(tmp_path) if kind == "ModelCheckpoint" else EarlyStopping(MONITOR)
@@ -45,6 +47,26 @@ def test_the_wrong_direction_is_warned_of(tmp_path, kind):
     kinds = {"ModelCheckpoint": checkpoint(tmp_path, mode="max"), "EarlyStopping": EarlyStopping(MONITOR, mode="max")}
     (message,) = traps(tmp_path, flatness_callback(), kinds[kind])
     assert message == f"{kind}(monitor='{MONITOR}', mode='max') {WRONG_WAY}."
+
+
+@guards("callbacks/monitors.py", " and callback.check_finite", "", ids="not checked")
+@pytest.mark.parametrize(
+    ("on_error", "options", "is_trap"),
+    [
+        ("warn", {}, True),
+        ("warn", {"monitor": "flatness/weight_norm"}, True),
+        ("warn", {"check_finite": False}, False),
+        ("warn", {"monitor": "val_acc"}, False),
+        ("raise", {}, False),
+    ],
+    ids=["stops", "any key", "not checked", "of the module", "raises"],
+)
+def test_nan_that_stops_training_is_warned_of(tmp_path, on_error, options, is_trap):
+    stopping = EarlyStopping(**({"monitor": MONITOR} | options))
+    with warnings_of("check_finite=False") as said:
+        fit(tmp_path, flatness_callback(on_error=on_error), stopping, max_epochs=1)
+    assert len(said) == is_trap
+    assert all(f"EarlyStopping(monitor='{stopping.monitor}')" in message for message in said)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import lightning_flatness as lf
 from tests.callbacks.epoch_end_runs import KINDS, kinds
 from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, WithoutForward, loaders
+from tests.guarding import guards
 
 
 class Replacing(Callback):
@@ -88,6 +89,29 @@ def test_network_whose_place_is_empty_is_refused(tmp_path):
     callback = lf.SpectrumCallback(top_k=1, num_steps=2, num_probes=1)
     with pytest.raises(lf.FlatnessError, match=r"'net'.*model="):
         fit(tmp_path, callback, module=Removes(), max_epochs=1)
+
+
+@guards("callbacks/flatness.py", "if self._running is not None or self._network is None:", "if True:", ids="val")
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_network_whose_place_is_empty_while_nothing_is_due(tmp_path, data):
+    class Hides(WithoutForward):
+        def on_validation_epoch_start(self):
+            if self.trainer.current_epoch == 1:
+                self.net, self.parts = None, torch.nn.ModuleList([self.net, copy.deepcopy(self.net)])
+
+        def validation_step(self, batch, batch_idx):
+            if self.net is None:
+                return [part(batch[0]) for part in self.parts]
+            return super().validation_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self):
+            if self.net is None:
+                self.net, self.parts = self.parts[0], None
+
+    callback, module, batches = flatness_callback(data=data, every_n_epochs=2), Hides(), loaders()
+    fit(tmp_path, callback, module=module, data=batches, max_epochs=3)
+    assert [record["epoch"] for record in callback.history] == [0, 2]
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, batches[data == "val"]))
 
 
 @pytest.mark.parametrize("data", ["val", "train"])

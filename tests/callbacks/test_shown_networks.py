@@ -8,11 +8,14 @@ from torch.utils.checkpoint import checkpoint
 import lightning_flatness as lf
 from tests.callbacks.compare import assert_same, end_of
 from tests.callbacks.epoch_end_runs import KINDS
-from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback, seeded_fit
-from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, loaders
+from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback, seeded_fit, warnings_of
+from tests.callbacks.lightning_modules import Classifier, Net, WithoutForward, WithoutValidation, loaders
 from tests.guarding import guards
 
 TRAIN = (loaders()[0],)
+
+
+UNSEEN = "as if no training step had been seen"
 
 
 def prepared(batch):
@@ -40,9 +43,14 @@ def given(data):
 @guards("callbacks.base:MeasuringCallback.on_train_batch_start", returns=None)
 @pytest.mark.parametrize("data", ["train", "given"])
 @pytest.mark.parametrize("make", [Prepares, PreparesLater])
-def test_training_steps_that_prepare_their_batches_are_refused(tmp_path, make, data):
-    with pytest.raises(lf.FlatnessError, match="the training step gives other tensors to the network.*batch_fn="):
-        fit(tmp_path, flatness_callback(data=given(data)), module=make(), data=TRAIN)
+def test_training_steps_that_prepare_their_batches_are_warned_of(tmp_path, make, data):
+    module, callback = make(), flatness_callback(data=given(data))
+    with warnings_of(UNSEEN) as said:
+        fit(tmp_path, callback, module=module, data=TRAIN)
+    assert len(said) == 1
+    assert "measures forward()" in said[0]
+    assert "the training step gives other tensors to the network" in said[0]
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, TRAIN[0]))
     module, callback = make(), flatness_callback(data=given(data), batch_fn=prepared)
     fit(tmp_path, callback, module=module, data=TRAIN)
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, map(prepared, TRAIN[0])))
@@ -50,8 +58,63 @@ def test_training_steps_that_prepare_their_batches_are_refused(tmp_path, make, d
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_steps_that_prepare_batches_of_a_spectrum_or_landscape(tmp_path, kind):
-    with pytest.raises(lf.FlatnessError, match="the training step gives other tensors to the network.*batch_fn="):
+    with pytest.warns(UserWarning, match="the training step gives other tensors to the network.*batch_fn="):
         fit(tmp_path, KINDS[kind](data="train"), module=Prepares(), data=TRAIN)
+
+
+class PreparesForAnother(Prepares):
+    """Without a forward(), so that only its steps show the network."""
+
+    forward = WithoutForward.forward
+
+
+class Teacher(WithoutValidation):
+    """Its training step calls two networks on the same images."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = Net().requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + (self.net(batch[0]) - self.teacher(batch[0])).square().mean()
+
+
+class TeacherWithoutForward(Teacher):
+    forward = WithoutForward.forward
+
+
+@guards("callbacks/shown.py", "network = network_without_step(pl_module, model)", "raise error", ids="forward")
+@pytest.mark.parametrize(
+    ("make", "model", "name"),
+    [
+        (Teacher, None, "forward()"),
+        (Teacher, "net", None),
+        (PreparesForAnother, None, "'net'"),
+        (Prepares, "net", "model="),
+    ],
+    ids=["forward", "one of two", "shown", "named"],
+)
+def test_training_steps_that_do_not_show_the_network_change_nothing(tmp_path, make, model, name):
+    module, callback = make(), flatness_callback(data="train", model=model, layers="net.fc" if model is None else "fc")
+    with warnings_of(UNSEEN) as said:
+        fit(tmp_path, callback, module=module, data=TRAIN)
+    assert [name in message for message in said] == [True] * (name is not None)
+    truth = lf.measure_flatness(module.net, TRAIN[0], layers="fc")
+    assert_reports_equal(callback.report, truth, prefix="net." if model is None else "")
+
+
+def test_two_networks_of_which_none_is_named_are_refused(tmp_path):
+    with pytest.raises(lf.FlatnessError, match="several networks.*model='net'"):
+        fit(tmp_path, flatness_callback(data="train"), module=TeacherWithoutForward(), data=TRAIN)
+
+
+def test_training_batches_that_batch_fn_does_not_take_change_nothing(tmp_path):
+    batches = [{"x": x, "y": y} for x, y in loaders()[0]]
+    module, callback = WithoutValidation(), flatness_callback(data=batches, batch_fn=lambda one: (one["x"], one["y"]))
+    with warnings_of(UNSEEN) as said:
+        fit(tmp_path, callback, module=module, data=TRAIN)
+    assert len(said) == 1
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, [(one["x"], one["y"]) for one in batches]))
 
 
 class Checkpointed(Net):
@@ -59,10 +122,11 @@ class Checkpointed(Net):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(self.conv1, self.norm1, nn.ReLU(), self.conv2, self.norm2, nn.SiLU())
+        self.body = nn.Sequential(self.norm1, nn.ReLU(), self.conv2, self.norm2, nn.SiLU())
 
     def forward(self, x):
-        features = checkpoint(self.body, x, use_reentrant=False) if self.training else self.body(x)
+        x = self.conv1(x)  # only inputs with a gradient may be given to such a checkpoint
+        features = checkpoint(self.body, x, use_reentrant=True) if self.training else self.body(x)
         return self.fc(self.dropout(features).mean((2, 3)))
 
 
@@ -78,19 +142,29 @@ class Mixed(WithoutValidation):
         optimizer.step()
 
 
+class NeitherForwardNorValidation(WithoutValidation):
+    forward = WithoutForward.forward
+
+
 MODULES = {
     "plain": WithoutValidation,
+    "without forward": NeitherForwardNorValidation,
     "checkpointed": lambda: WithoutValidation(Checkpointed()),
     "mixed": Mixed,
 }
 
 
 @guards("callbacks.base:MeasuringCallback.on_before_backward", returns=None, ids="checkpointed")
+@guards(
+    "callbacks/flatness.py", "or not trainer.enable_validation)\n        try", ")\n        try", ids="without forward"
+)
 @pytest.mark.parametrize("make", MODULES)
 def test_training_that_shows_the_network_stays_as_it_is(tmp_path, make):
     callback, batches = flatness_callback(data="train"), loaders()[:1]
     module, bare = MODULES[make](), MODULES[make]()
-    end = end_of(seeded_fit(tmp_path, callback, module=module, data=batches), module)
+    with warnings_of(UNSEEN) as said:
+        end = end_of(seeded_fit(tmp_path, callback, module=module, data=batches), module)
+    assert not said
     assert_same(end, end_of(seeded_fit(tmp_path, module=bare, data=loaders()[:1]), bare))
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, batches[0]))
     assert not any("forward" in vars(part) for part in module.modules())

@@ -5,11 +5,15 @@ from contextlib import suppress
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 import lightning_flatness as lf
-from lightning_flatness.callbacks import flatness
+from lightning_flatness.callbacks import flatness, stopwatch
 from lightning_flatness.callbacks.stopwatch import Stopwatch, in_words
+from tests.callbacks.epoch_end_runs import KINDS
+from tests.callbacks.flatness_runs import flatness_callback
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+from tests.guarding import guards
 
 CPU = torch.device("cpu")
 
@@ -55,6 +59,56 @@ def test_advice_counts_the_samples_of_every_loader(sizes, advice):
 
 def test_long_times_are_in_minutes():
     assert in_words(130.0, 1300.0, [10]) == "measuring 10 samples took 2.2 min beside a validation of 20 min (+11 %)"
+
+
+class Event:
+    """Stands for an event of a CUDA device."""
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+
+@guards("callbacks/flatness.py", "if (self._running or self._asked) and", "if", ids="flatness")
+@guards(
+    "callbacks/base.py",
+    "with self._errors.kept(trainer.world_size):  # and no",
+    "with self._measuring(trainer, pl_module):  # and no",
+    ids="spectrum",
+)
+@pytest.mark.parametrize("kind", ["flatness", "spectrum"])
+def test_no_events_where_nothing_is_measured(tmp_path, monkeypatch, kind):
+    events, counts = [], {}
+    monkeypatch.setattr(stopwatch, "_event", lambda device: events.append(Event()) or events[-1])
+
+    class Counts(Callback):
+        def on_validation_epoch_start(self, trainer, pl_module):
+            counts[trainer.current_epoch] = -len(events)
+
+        def on_validation_end(self, trainer, pl_module):
+            counts[trainer.current_epoch] += len(events)
+
+    make = flatness_callback if kind == "flatness" else KINDS[kind]
+    quiet_trainer(tmp_path, make(every_n_epochs=2), Counts(), max_epochs=4).fit(Classifier(), *loaders())
+    assert counts[1] == counts[3] == 0
+    assert (counts[2] > 0) == (kind == "flatness")
+
+
+@pytest.mark.parametrize("kind", ["flatness", "spectrum"])
+def test_events_do_not_pile_up(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(stopwatch, "_event", lambda device: Event())
+    kept = []
+
+    class Counts(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            kept.append(len(callback._stopwatch._intervals))
+
+    callback = flatness_callback(every_n_epochs=2) if kind == "flatness" else KINDS[kind](every_n_epochs=1)
+    quiet_trainer(tmp_path, callback, Counts(), max_epochs=4).fit(Classifier(), *loaders())
+    assert kept[1] == kept[3]
+    assert kept[3] < 9
 
 
 def test_seconds_are_in_reports_history_and_logs(tmp_path, monkeypatch):

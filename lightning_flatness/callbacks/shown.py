@@ -1,0 +1,77 @@
+"""Compare what a step shows with what is measured. A training step that does not show it clearly changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_flatness.callbacks.data.sources import Asked
+from lightning_flatness.callbacks.lightning_imports import LightningModule
+from lightning_flatness.callbacks.network import Network, network_without_step
+from lightning_flatness.errors import FlatnessError, in_one_line
+from lightning_flatness.model.call import Call, same_tensors
+
+
+def warn_of_unseen(name: str, is_watched: bool) -> None:
+    """Warn that the batch's own inputs are measured, because the validation step is not seen to call the network."""
+    compiled, none = (
+        "torch.compile runs the whole validation step",
+        "the validation step does not call the network",
+    )
+    rank_zero_warn(
+        f"{name} cannot see what the network is given ({none if is_watched else compiled}), so it measures the batch's "
+        "own inputs. If the network takes other inputs, give batch_fn=, a function from a batch to (inputs, targets)."
+    )
+
+
+def check_inputs(name: str, data: Any, step: str, asked: Asked, call: Call, follows_steps: bool) -> None:
+    """Warn if inputs from ``batch_fn=`` differ from those of ``call``. Raise an error if inputs of the batch differ.
+
+    ``step`` is ``"validation"`` or ``"training"``. If ``follows_steps``, the validated batches are measured.
+    """
+    differs = not same_tensors(call, asked.copied, asked.targets)
+    if differs and asked.is_given:
+        remedy = " To measure the inputs of the step, return (None, targets) from batch_fn=."
+        rank_zero_warn(
+            f"{name}: batch_fn= gives other inputs than the {step} step gives to the network. The inputs from "
+            f"batch_fn= are measured.{remedy if follows_steps else ''}"
+        )
+    elif differs and step == "training":
+        raise FlatnessError(
+            "the training step gives other tensors to the network than those of the batch. If it does more than "
+            "augment the batch, give batch_fn=, a function that takes a batch, prepares the inputs, and returns "
+            "(inputs, targets)."
+        )
+    elif differs:
+        raise FlatnessError(
+            f"{name}: the {step} step gives other tensors to the network than those of the batch. But the batches of "
+            f"data={repr(data) if isinstance(data, str) else ''} are measured without this step. Give batch_fn=, a "
+            "function that takes a batch, prepares the inputs as the step does, and returns (inputs, targets)."
+        )
+
+
+def network_after_unclear_step(
+    name: str,
+    pl_module: LightningModule,
+    model: str | Callable[[Any], nn.Module] | None,
+    shown: Network | None,
+    error: Exception,
+) -> Network:
+    """Return the network to measure although a training step raised ``error`` when it was watched, and warn.
+
+    This is the network that ``model`` names, or the LightningModule if it has a ``forward()``, or the network that the
+    step has ``shown``. If there is none of these, raise ``error``.
+    """
+    try:
+        network = network_without_step(pl_module, model)
+    except FlatnessError:
+        if shown is None:
+            raise error from None
+        network = shown
+    what = "the network of model=" if network.is_named else f"'{network.prefix}'" if network.prefix else "forward()"
+    rank_zero_warn(f"{name} measures {what} as if no training step had been seen: {in_one_line(error)}")
+    return replace(network, is_called=False)
