@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations, count
 from math import comb
 from typing import Any
@@ -140,7 +140,6 @@ class CustomLoss(Loss):
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
-    _label: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_label", with_hash(self.name, self.function))
@@ -153,7 +152,7 @@ class CustomLoss(Loss):
     @property
     def label(self) -> str:
         """The name; where it does not say all, with a hash of the function's code, options and tensors at first."""
-        return self._label
+        return str(vars(self)["_label"])
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
         """Compute the derivatives of the loss at ``logits`` ``(N, K)``."""
