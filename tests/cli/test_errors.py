@@ -164,7 +164,7 @@ def test_a_comparison_of_batches_without_targets(runs, run):
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "Give --no-train-loss to compare the networks without" in err
     assert "--targets KEY names the entry" in err
-    assert err.count("Expected is a pair (inputs, targets)") == 1
+    assert err.count("expected (inputs, targets)") == 1
 
 
 @pytest.mark.parametrize("span", ["nan", "inf", "-1", "0", "wide"])
