@@ -106,8 +106,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES and name not in _PUBLIC_MODULES:
         raise AttributeError(f"module 'lightning_flatness' has no attribute '{name}'")
     state = random.getstate()  # importing rich draws random numbers
-    module = import_module(f"lightning_flatness.{_HOMES.get(name, name)}")
-    random.setstate(state)
+    try:
+        module = import_module(f"lightning_flatness.{_HOMES.get(name, name)}")
+    finally:
+        random.setstate(state)
     if name in _PUBLIC_MODULES:
         return module
     globals()[name] = getattr(module, name)

@@ -75,9 +75,9 @@ class Session:
         command = self.command
         owner = model if self._data is None else self._data
         if owner is not self._owner:
-            weights = deepcopy(model.state_dict())
+            weights = deepcopy(model.state_dict()) if owner is model else None
             self._owner, self._trainer, self._splits = owner, set_up(owner, command.device), {}
-            if owner is model:  # as in Lightning, the weights of the checkpoint replace those that setup() has changed
+            if weights is not None:  # as in Lightning, setup() does not change the weights of the checkpoint
                 model.load_state_dict(weights, strict=False)
                 model.eval()
         if split not in self._splits:

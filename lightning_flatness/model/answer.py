@@ -16,8 +16,8 @@ from lightning_flatness.model.logits import ROUNDINGS, any_logits_of
 from lightning_flatness.model.precision import HALF, current_precision, runs_in_half
 from lightning_flatness.model.whole import is_sharded
 
-# Logits of the user's call may differ from those of a pass in float32 by this share of the largest logit, if the call
-# ran with TF32 or bfloat16 products in float32, or in half precision. The rounding of a deep network is well below.
+# How much logits of the user's call may differ from those of a pass in float32, relative to the largest logit. REDUCED
+# is for calls with TF32 or bfloat16 products, ROUNDED for half precision. The rounding of deep networks is well below.
 REDUCED, ROUNDED = 0.05, 0.25
 # A sample of the weights has about this many entries of every parameter, or all entries of a smaller parameter.
 ENTRIES = 64

@@ -30,6 +30,28 @@ def test_the_first_use_of_a_name_draws_no_random_numbers(name):
     assert done.stdout.split()[-1] == "True"
 
 
+def test_a_first_use_that_fails_draws_no_random_numbers():
+    code = """
+import random, sys
+import lightning_flatness as lf
+
+class Fails:
+    def find_spec(self, name, path, target=None):
+        if name == "lightning_flatness.measure.flatness":
+            random.random()
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Fails())
+state = random.getstate()
+try:
+    lf.measure_flatness
+except ImportError:
+    print(state == random.getstate())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "True"
+
+
 def test_public_modules_are_there_without_another_import():
     names = ["testing", "functional", "results", "plots", "pages"]
     code = (
