@@ -71,7 +71,8 @@ def main(how, folder):
         )
         trainer.fit(Classifier())
         other = lf.FlatnessCallback()
-        pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[other], logger=False).fit(WithoutForward())
+        quiet = {"accelerator": "cpu", "logger": False, "default_root_dir": folder}
+        pl.Trainer(max_epochs=1, callbacks=[other], **quiet).fit(WithoutForward())
         print("without forward:", *other.report.layers)
 
     (callback,) = [callback for callback in callbacks if isinstance(callback, lf.FlatnessCallback)]
