@@ -16,6 +16,12 @@ from lightning_flatness.cli.arguments import UsageError
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.results import number_of
 
+# What to do if a split cannot be read.
+REMEDIES = {
+    "val": "Give --split train to measure the training data.",
+    "train": "Give --split val to measure the validation data, and --no-train-loss if you compare networks.",
+}
+
 
 @dataclass(frozen=True)
 class Split:
@@ -74,7 +80,7 @@ def split_of(name: str, model: nn.Module, data: Any, number: int, max_samples: i
         raise FlatnessError(f"{type(owner).__name__} gives no {name} data: {type(error).__name__}: {error}") from error
     if given is None:
         raise FlatnessError(
-            f"{type(owner).__name__}.{hook}() returns None, so there are no {name} data. Choose a split with --split."
+            f"{type(owner).__name__}.{hook}() returns None, so there are no {name} data. {REMEDIES[name]}"
         )
     if number >= len(loaders):
         raise UsageError(
@@ -86,8 +92,9 @@ def split_of(name: str, model: nn.Module, data: Any, number: int, max_samples: i
         return Split(name, number, loader, data)
     if not is_indexed(loader):
         raise UsageError(
-            f"A subset (--max-samples, --split train) needs a DataLoader over a data set with __getitem__ and __len__; "
-            f"{type(owner).__name__}.{hook}() returns a {described(loader)}."
+            f"A subset (--max-samples, or any training data) needs a DataLoader over a data set with __getitem__ and "
+            f"__len__; {type(owner).__name__}.{hook}() returns a {described(loader)}. "
+            + ("Leave out --max-samples." if name == "val" else REMEDIES[name])
         )
     return Split(name, number, _Subset(FixedSubset(loader, wanted), model), data)
 

@@ -124,6 +124,20 @@ class OnlyTraining(Images):
         return None
 
 
+class OnlyValidation(Images):
+    """Has no training data."""
+
+    def train_dataloader(self):
+        return None
+
+
+class StreamedTraining(Images):
+    """Its training data are a stream, of which no subset can be drawn."""
+
+    def train_dataloader(self):
+        return [next(iter(super().train_dataloader()))]
+
+
 class DrawnSplit(Images):
     """Draws its split from the global generator."""
 

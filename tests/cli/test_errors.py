@@ -115,7 +115,7 @@ COMMANDS = {
     "output folder": ("small.ckpt -o {folder}", 1, ["is a folder"]),
     "no validation data": (
         f"small.ckpt {PROJECT}.Net --data tests.cli.project.OnlyTraining", 2,
-        ["OnlyTraining.val_dataloader() returns None", "--split"],
+        ["OnlyTraining.val_dataloader() returns None", "Give --split train"],
     ),
     "output nowhere": ("small.ckpt -o no/where/a.html", 1, ["no folder 'no/where'"]),
     "bad device": (f"small.ckpt {PROJECT}.Net {IMAGES} --device abacus", 1, ["--device abacus"]),
@@ -241,3 +241,12 @@ def test_an_argument_of_the_config_that_is_unknown(runs, run, tmp_path):
     assert_one_line(run(*words), 1, ["no config of a LightningCLI run"])
     path.write_text("a: b: c")
     assert_one_line(run(*words), 1, ["not YAML"])
+
+
+@guards("cli/splits.py", "{REMEDIES[name]}", "")
+@guards("cli/splits.py", "else REMEDIES[name])", 'else "")')
+@pytest.mark.parametrize(("data", "expected"), [("OnlyValidation", 2), ("StreamedTraining", 1)])
+def test_a_comparison_whose_training_data_cannot_be_read(runs, run, data, expected):
+    words = ["--model", "tests.cli.project.Net", "--data", f"tests.cli.project.{data}"]
+    assert_one_line(run("compare", runs / "small.ckpt", runs / "small.ckpt", *words), expected, ["--no-train-loss"])
+    assert run("compare", runs / "small.ckpt", runs / "small.ckpt", *words, "--no-train-loss")[0] == 0
