@@ -134,7 +134,7 @@ def find_classifier(calls: Sequence[StepCall], layers: dict[str, nn.Module], why
     if found:
         raise FlatnessError(
             f"FlatnessPenalty: the loss takes logits of several layers, {' and '.join(map(repr, reversed(found)))}. "
-            f"Name one of them with layers=, e.g. layers={found[0]!r}. For another of these layers, add a second "
+            f"Name one of them with layers=, e.g. layers={found[0]!r}. To penalise another of them, too, add a second "
             "FlatnessPenalty with its own prefix= and check_loss=False."
         )
     if not reasons:
@@ -145,17 +145,18 @@ def find_classifier(calls: Sequence[StepCall], layers: dict[str, nn.Module], why
             f"{BY_HAND}"
         )
     raise FlatnessError(
-        f"FlatnessPenalty finds no classifier. {'; '.join(reasons[:3])}. Give options of your cross-entropy to the "
-        "callback, too: label_smoothing=, class_weight= and ignore_index=. If the callback does not find the targets, "
-        "give batch_fn=. check_loss=False penalises the flatness of cross-entropy whatever the loss is, e.g. if the "
-        f"loss has other terms that depend on the logits. {BY_HAND}"
+        f"FlatnessPenalty finds no classifier. {'; '.join(reasons[:3])}. If your cross-entropy has options, give them "
+        "to the callback, too: label_smoothing=, class_weight= and ignore_index=. If the callback does not find the "
+        "targets, give batch_fn=. If the loss is another function of the logits, or has other terms that depend on "
+        f"them, check_loss=False penalises the flatness of cross-entropy all the same. {BY_HAND}"
     )
 
 
 def why_not_finite(calls: Sequence[StepCall], loss: Tensor) -> str:
-    """Return the message that a tensor of the first training step is not finite, or an empty string if all are finite.
+    """Return an error message if a tensor of the first training step is not finite, otherwise an empty string.
 
-    Then no layer can be shown to be the classifier. The message names the first such tensor, or else the loss.
+    With such a tensor, no layer can be shown to be the classifier. The message names the first such tensor. The loss is
+    checked last.
     """
     named = [
         (f"the {what} of '{call.name}' is not finite", tensor)

@@ -107,9 +107,10 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
 def present_network(
     network: Network, pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None
 ) -> Network | None:
-    """Return the network that is in the place of ``network`` now, because another callback may replace the module.
+    """Return ``network`` with its present module, because another callback may have replaced the module.
 
-    Return ``network`` itself if the module is the same, and None if its place is empty.
+    Return ``network`` itself if the module is the same, and None if the LightningModule no longer has a module of this
+    name.
     """
     named = named_network(pl_module, model)
     try:
@@ -122,17 +123,17 @@ def present_network(
 def network_in_place(
     network: Network | None, pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None
 ) -> Network:
-    """Return the network that is in the place of ``network`` now, or the network without a step if it is None.
+    """Return ``network`` with its present module, or call :func:`network_without_step` if ``network`` is None.
 
     Raises:
-        FlatnessError: The place is empty, or :func:`network_without_step` finds no network.
+        FlatnessError: The LightningModule no longer has a module of this name, or no network is found.
     """
     if network is None:
         return network_without_step(pl_module, model)
     now = present_network(network, pl_module, model)
     if now is None:
         raise FlatnessError(
-            f"{type(pl_module).__name__} has no '{network.prefix}' any more, which was the network in an earlier step. "
-            "Use model=... to name the network that takes its place."
+            f"{type(pl_module).__name__} no longer has the module '{network.prefix}', which was the network in an "
+            "earlier step. Use model=... to name the network that replaces it."
         )
     return now

@@ -69,8 +69,8 @@ class FlatnessPenalty(Callback):
 
     The classifier is the linear layer whose output is the logits of the loss. The callback finds this layer in the
     first step of a fit. In that step, the callback also checks that the loss has the same second derivative with
-    respect to the logits as mean cross-entropy. Later steps are not checked. With ``ignore_index``
-    or class weights, the labels are those of the batch, also if a later step changes them.
+    respect to the logits as mean cross-entropy. Later steps are not checked. With ``ignore_index`` or
+    class weights, ``κ`` depends on the labels. They are taken from the batch, even if a later step changes them.
 
     The callback logs three means over every epoch: ``κ`` as ``penalty/relative_flatness`` (or with the name in
     ``measure=``), ``λ`` as ``penalty/strength``, and the term added to the loss as ``penalty/loss``. It works with
@@ -321,9 +321,9 @@ def _named() -> Iterator[None]:
 
 
 def _without_penalties(trainer: Trainer, loss: Tensor) -> Tensor:
-    """Return the loss without what other FlatnessPenalty callbacks have added to it in this step.
+    """Return the loss as it was before other FlatnessPenalty callbacks added their penalties in this step.
 
-    If something else has changed the loss since then, return a copy of the loss as it is.
+    If there are no such penalties, or something has changed the loss after them, return a copy of the present loss.
     """
     others = [other._unpenalized for other in callbacks_of(trainer) if isinstance(other, FlatnessPenalty)]
     kept = [unpenalized for unpenalized, version in filter(None, others) if version == loss._version]

@@ -152,7 +152,7 @@ class FlatnessStopping(EarlyStopping):
             watched.best, watched.wait_count = state["best"], state["wait_count"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise an error if a monitored key is not measured at validations, although the fit has some."""
+        """Raise an error if the fit has validations, but a monitored key is measured only at the end of epochs."""
         for callback in self._measuring(trainer) if trainer.enable_validation else []:
             if not isinstance(callback, FlatnessCallback):
                 name = type(callback).__name__
@@ -192,7 +192,8 @@ class FlatnessStopping(EarlyStopping):
         self.best_score, self.wait_count = self._watched[0].best, self._watched[0].wait_count
         if self.verbose and not broken:
             states = [
-                f"{watched.key} {float(value):.4g} ({'no improvement ' * (not index)}for {watched.wait_count})"
+                f"{watched.key} {float(value):.4g} "
+                f"({'validations without improvement: ' * (not index)}{watched.wait_count})"
                 for index, (watched, value) in enumerate(zip(self._watched, values, strict=True))
             ]
             rank_zero_info(f"FlatnessStopping: {', '.join(states)}")

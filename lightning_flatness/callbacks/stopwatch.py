@@ -99,7 +99,10 @@ def in_words(seconds: float, whole: float, samples: Sequence[int]) -> str:
 
 
 def _of_each(samples: Sequence[int], total: float) -> float:
-    """Return how many samples of each loader are ``total`` samples together, if smaller loaders are measured whole."""
+    """Return the ``max_samples=`` with which ``total`` samples of all loaders together are measured.
+
+    Loaders with fewer samples than that are measured whole. The others share the remaining samples equally.
+    """
     rest = len(samples)
     for size in sorted(samples):
         if size * rest >= total:

@@ -49,7 +49,7 @@ class Trajectory:
         """Return the two axes of the plane, and a range of coordinates for each axis.
 
         The origin of the plane is at the network's present weights. A range goes from the smallest to the largest
-        coordinate of all states and the origin, extended by a quarter on both sides.
+        coordinate of all states and the origin, extended by a quarter of its length at both ends.
         """
         principal = pca_directions(network, self._states)
         self._principal = principal._replace(directions=())  # drop the directions, which are as large as the network

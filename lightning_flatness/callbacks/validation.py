@@ -1,4 +1,4 @@
-"""Measure during one validation, on every validation loader or on other data."""
+"""Measure during one validation: the batches of every validation loader, or data that are read separately."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lightning_flatness.results import FlatnessReport
 
 
 class Validation:
-    """The measurement of one validation, with a :class:`Running` for every validation loader, or one for other data.
+    """The measurement of one validation: a :class:`Running` for each validation loader, or a single one for other data.
 
-    The measurement of a loader begins with the first step on this loader, because no earlier step shows the network.
+    The measurement of a loader begins with the first step on this loader, because the network may be unknown before.
 
     Normalised relative flatness needs the standard deviations ("spread") of the layers' input channels. A collective
     computes the spread from the first samples of all ranks. Until then, samples are held, which means that they wait in
@@ -130,8 +130,8 @@ class Validation:
         # If no step calls the network, model= may be a function that makes a new module at every call.
         if network.is_called and running.network.module is not network.module:
             raise BatchError(
-                "Within this validation, another module has been put in the network's place, so its samples would be "
-                "measured on two networks. Replace the network before the first batch, e.g. in "
+                "Within this validation, another module has been put in the network's place, so the validation would "
+                "be measured on two networks. Replace the network before the first batch, e.g. in "
                 "on_validation_epoch_start."
             )
         return running

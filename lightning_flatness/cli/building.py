@@ -42,7 +42,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config '{path}' is not YAML: {' '.join(str(error).split())[:160]}") from error
     if not isinstance(config, dict):
-        raise UsageError(f"--config '{path}' holds no config of a LightningCLI run.")
+        raise UsageError(f"--config '{path}' holds no config of a LightningCLI run. Give the config.yaml of one.")
     of_fit = config.get("fit")
     return of_fit if isinstance(of_fit, dict) and "model" not in config else config
 
@@ -118,8 +118,8 @@ def imported(path: str, source: str) -> Any:
     module_name, _, name = path.rpartition(".")
     if module_name == "__main__":
         raise UsageError(
-            f"{source} names the class {path}, which was defined in the script that was run. Name it as it is "
-            f"imported: --model script.{name} or --data script.{name}."
+            f"{source} names {path}, which was defined in the script that was run. Give its import path instead: if "
+            f"the script is script.py, --model script.{name} or --data script.{name}."
         )
     if not module_name:
         raise UsageError(f"{source} names '{path}', which is not an import path such as package.{path or 'Class'}.")
@@ -202,7 +202,7 @@ def _is_of_a_config(value: Any) -> bool:
 
 
 def _note(checkpoint: Checkpoint, made: Any, class_path: str, unused: Sequence[str]) -> str:
-    """Return a note on hyper-parameters that are no arguments of ``made`` or, if it is a class, of its bases."""
+    """Return a note that names the ``unused`` hyper-parameters, except for arguments of base classes; often empty."""
     bases = inspect.getmro(made) if inspect.isclass(made) else ()
     of_bases = set().union(*(_parameters(base)[0] for base in bases))
     unknown = [name for name in unused if name not in of_bases]

@@ -28,9 +28,9 @@ class Split:
 
 
 def set_up(owner: Any, device: str) -> Trainer:
-    """Set up the data of a LightningDataModule or of a LightningModule, and return the Trainer that the hooks see.
+    """Set up the data of a LightningDataModule or LightningModule, and return the Trainer that is attached to it.
 
-    The data are set up with ``setup("fit")``, because random splits are drawn there.
+    This calls ``prepare_data()`` and ``setup("fit")``, because data modules draw random splits there.
 
     Args:
         owner: the data module, or the model if it has the loaders.

@@ -50,9 +50,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
 
 
 def _with_own_names(model: nn.Module, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, str] | None]:
-    """Return a state dict with the model's names, and one old and new name, if names differ only by wrappers.
+    """Rename the weights in a state dict if their names differ from the model's only by the parts that wrappers add.
 
-    Otherwise return the state dict as it is, and None.
+    Return the renamed state dict, and one pair of an old and a new name for a note. If the names are the model's, or
+    differ in another way, return the state dict as it is, and None.
     """
     own = {plain_name(name): name for name in model.state_dict()}
     if set(state) == set(own.values()):

@@ -73,9 +73,9 @@ def largest_eigenvalues(
     """Find the largest eigenvalue (by value, not by modulus) of each of ``B`` symmetric matrices of size ``D``.
 
     This is the Lanczos method with full re-orthogonalisation. It restarts from the best Ritz vector, so that memory
-    does not grow. Each returned value is at most the largest eigenvalue of its matrix, and some eigenvalue of the
-    matrix differs from the value by at most the value's residual. See Lanczos 1950, and Parlett 1998, "The Symmetric
-    Eigenvalue Problem", Chapter 13.
+    does not grow. Each returned value is at most the largest eigenvalue of its matrix. Its distance from some
+    eigenvalue of this matrix is at most its residual. See Lanczos 1950, and Parlett 1998, "The Symmetric Eigenvalue
+    Problem", Chapter 13.
 
     Args:
         operator: function that multiplies every matrix with its own vector, ``(B, D) -> (B, D)``.

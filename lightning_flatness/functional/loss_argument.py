@@ -55,8 +55,9 @@ def find_loss(
     options = label_smoothing != 0 or class_weight is not None or ignore_index != -100
     if options and loss != "cross_entropy":
         raise FlatnessError(
-            "label_smoothing, class_weight and ignore_index are options of loss='cross_entropy'. For options of "
-            "another loss, give a function from (logits, targets) to the loss of every sample."
+            "label_smoothing, class_weight and ignore_index are options of loss='cross_entropy' only. With another "
+            "loss, give loss= a torch module with its own options, e.g. nn.CrossEntropyLoss(label_smoothing=0.1), or "
+            "a function from (logits, targets) to the loss of every sample."
         )
     if isinstance(loss, Loss):
         return loss
@@ -151,7 +152,7 @@ class CustomLoss(Loss):
 
     @property
     def label(self) -> str:
-        """The name; where it does not say all, with a hash of the function's code, options and tensors at first."""
+        """The name. If others may share it, a hash of the function's code, options and initial tensors follows."""
         return str(vars(self)["_label"])
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:

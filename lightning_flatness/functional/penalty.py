@@ -52,7 +52,8 @@ def flatness_penalty(
         normalize: measure the equivalent classifier ``W σ`` on the features ``g / σ``, where ``σ`` is the standard
             deviation of every feature in this batch. ``σ`` has no gradient. Features that are constant in the batch
             are left out.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy``; without class weights it changes nothing.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``. It changes the result only with class weights, or
+            if class probabilities do not sum to one.
         class_weight: weight of every class, ``(K,)``.
         ignore_index: samples with this class index are ignored.
         reduction: ``"mean"`` returns ``κ``. ``"none"`` returns ``c_n ‖g_n‖² Var(w_k)`` of every sample, ``(N,)``.
@@ -142,7 +143,8 @@ def _deviations(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if len(features) < 2:
         raise BatchError(
             "normalize=True needs the standard deviation of every feature over the batch, but the batch has one "
-            "sample. Use larger batches (drop_last=True), or normalize=False."
+            "sample. Use larger batches, or normalize=False. If only the last batch has one sample, set "
+            "drop_last=True in the DataLoader."
         )
     g = features.double()
     sigma, largest = g.std(0, correction=0), g.abs().amax(0)
@@ -158,7 +160,7 @@ def target_sums(
     class_weight: Sequence[float] | Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor | None, Tensor | int]:
-    """Return ``c_n`` of every sample (None if all are one) and ``Z``, as in :func:`flatness_penalty`.
+    """Return ``c_n`` and ``Z`` of :func:`flatness_penalty`; without targets, ``c_n`` is None, since all are one.
 
     The values of targets are not checked. A check would have to wait for the GPU, and the user's loss already uses the
     same targets.

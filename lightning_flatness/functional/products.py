@@ -70,12 +70,12 @@ class Totals:
 
 
 def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor:
-    """Add one matrix per sample to the totals, and return two numbers for every sample, float64 ``(N, 2)``.
+    """Add one matrix per sample to the totals, and return two inner products for every sample, float64 ``(N, 2)``.
 
-    :class:`Factors` defines the matrix of a sample. Column 0 of the result has the inner product of this matrix with
-    ``matrices.gram``. Column 1 has the inner product of a second matrix with ``matrices.normalized``. The second matrix
-    is made from ``factors.normalized`` in place of ``factors.features``. If one of the two fields of ``matrices`` is
-    None, its column is zero.
+    :class:`Factors` defines the matrix of a sample. Column 0 of the result is the inner product of this matrix with
+    ``matrices.gram``: the sample's relative flatness, without the terms in ``Projection.rest``. Column 1 is the same
+    for normalised relative flatness, from ``factors.normalized`` and ``matrices.normalized``. If one of the two fields
+    of ``matrices`` is None, its column is zero.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
     values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
@@ -149,7 +149,7 @@ class _Weights:
 
     @classmethod
     def of(cls, matrices: Matrices, rows: slice, rest: slice, like: Tensor) -> _Weights:
-        """Cut out one strip in the dtype of ``like``; entries with a mirror image outside all strips are doubled."""
+        """Cut out one strip in the dtype of ``like``; double the entries whose mirror images are in no strip."""
 
         def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
             if gram is None:

@@ -101,7 +101,8 @@ def under_gauss_newton(
         closed_form = f" The closed form does not hold: {failure}" if failure else ""
         raise NotExactError(
             f"Layer '{info.name}': only the Gauss-Newton part of its Hessian can be computed ({inexact.value}), and "
-            f"strict=True asks for exact numbers.{closed_form}"
+            "strict=True asks for exact numbers. Leave strict=True out, or choose another layer with layers=."
+            f"{closed_form}"
         )
     estimated = inexact is Inexact.CURVED and options.residual is not None and is_own_weight(calls[0])
     is_output = info.name in certified.outputs

@@ -1,4 +1,4 @@
-"""Run a copy of the model on parts of batches, record and certify each forward pass, and pass it to a function."""
+"""Run a copy of the model on parts of batches, record and certify each forward pass, and hand it to a function."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class OwnPasses:
         return self._selection
 
     def _certified(self, part: Part, first_batch: bool, mode: WithoutAutocast) -> CertifiedPass:
-        """Run the model on a part, and certify the pass; ``mode`` is that of :func:`isolated`."""
+        """Run the model on a part, and certify the pass; ``mode`` comes from :func:`isolated`."""
         first, is_new = not self.known.layers, self._selection is None
         selection, rows, start, targets = self._selected(part), part.rows, part.start, part.targets
         if first and not is_new:

@@ -191,7 +191,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     if pair is not None:
         return pair
     raise BatchError(
-        f"A batch is {described(batch)}; expected (inputs, targets), whose targets are a tensor, or a tensor "
+        f"A batch is {described(batch)}; expected (inputs, targets) with a tensor as targets, or one tensor "
         "of inputs. A mapping or dataclass needs one entry named like 'image' and one named like 'label'. Change the "
         "batches, or give the callback batch_fn=, a function from a batch to (inputs, targets)."
     )

@@ -85,9 +85,9 @@ def _sizes(rows: Mapping[str, ComparedModel]) -> str:
 
 
 def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return cautions about how the numbers were measured, and about a missing measure.
+    """Return cautions about how the numbers were measured, and about an unknown normalised measure.
 
-    The former are about exactness, method, loss, precision, data and samples.
+    The first kind is about exactness, method, loss, precision, data and number of samples.
     """
     found = []
     inexact = tuple(name for name, row in rows.items() if not row.exact)
@@ -123,7 +123,7 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_classes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return a caution if the networks whose number of classes is known have different numbers of classes."""
+    """Return a caution if networks have different numbers of classes. Unknown numbers are ignored."""
     numbers = {name: row.num_classes for name, row in rows.items() if row.num_classes}
     if not _differ(numbers.values()):
         return []
@@ -136,7 +136,7 @@ def _of_classes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return a caution if some models have an outcome, such as a test loss, but fewer than ``FEWEST`` models."""
+    """Return a caution if at least one but fewer than ``FEWEST`` models have an outcome, such as a test loss."""
     number = sum(math.isfinite(row.outcome) for row in rows.values())
     if not 0 < number < FEWEST:
         return []

@@ -72,8 +72,8 @@ def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[s
     """Return a mapping from names of numbers, such as ``"loss"``, to the covariances of the reports' errors.
 
     The covariances of ``M`` reports are float64 ``(M, M)``. A diagonal entry is the variance over samples, plus the
-    variance of random estimates, such as those from random probes. ``is_paired`` says that all models were measured on
-    the same samples. If they were, and all reports have per-sample values of a number, the off-diagonal entries for
+    variance of random estimates, such as those from random probes. ``is_paired`` says whether all models were measured
+    on the same samples. If they were, and all reports have per-sample values of a number, the off-diagonal entries for
     this number come from a jackknife over groups of samples (``docs/theory.md``, "Errors over samples"). Otherwise
     these entries are zero.
     """

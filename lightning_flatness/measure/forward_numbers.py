@@ -72,7 +72,7 @@ class _Classifier:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Inside the block, record the latest call of the classifier.
+        """Return a context manager inside which the latest call of the classifier is recorded.
 
         Nothing is recorded if the network has no linear classifier, or if the classifier is a TorchScript module.
         """

@@ -231,5 +231,5 @@ def _eigenvectors(
         # The user called loss_landscape, which called landscape_of, find_axes, the lambda and this function.
         warnings.warn("The Hessian's eigenvectors have not converged, so the axes are approximate.", stacklevel=6)
     if len(spectrum.eigenvalues) < number:
-        raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")
+        raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors. Give fewer Hessian axes, or others.")
     return [spectrum.eigenvector(index) for index in range(number)]

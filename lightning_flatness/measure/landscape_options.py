@@ -54,7 +54,7 @@ class LandscapeOptions(MeasuringOptions):
         object.__setattr__(self, "frozen", (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen))
         others = not all(isinstance(axis, str) and axis == "adam" for axis in self.axes)
         if self.update == "adam" and (others or self.normalize not in (None, "none")):
-            raise FlatnessError("update='adam' takes axes='adam' or axes=['adam'], and no normalisation.")
+            raise FlatnessError("update='adam' takes axes='adam' or axes=['adam'], and no normalize=.")
         _ = self.coordinates
 
     @property

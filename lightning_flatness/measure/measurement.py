@@ -101,8 +101,8 @@ class Measurement:
         Otherwise the caller holds the samples, and the model runs on them again later.
 
         Returns:
-            The number of samples that this method holds, and an empty mapping. If some layer has no closed form, zero
-            and a mapping from layers to the sums of every sample over each input channel.
+            ``(held, {})``, where ``held`` is the number of samples that this method holds. If some layer has no closed
+            form, ``(0, sums)``, where ``sums`` maps layers to the sums of every sample over each input channel.
         """
         among_first = (positions < FIRST_SAMPLES).nonzero()
         if not len(among_first):
@@ -146,8 +146,8 @@ class Measurement:
     def settle_when_due(self) -> None:
         """Measure the held samples if the standard deviations of the input channels can now be computed.
 
-        They can be computed when this rank has seen all of its samples that are needed for them. This method then calls
-        :meth:`take_spread`, which is a collective with ``sync``.
+        This is possible when this rank has seen all of its samples that are among the first ``FIRST_SAMPLES``. The
+        method then calls :meth:`take_spread`, which is a collective with ``sync``.
         """
         if self._deviations is None and any(self._is_last(held.positions) for held in self._held):
             self.take_spread()

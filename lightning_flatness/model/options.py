@@ -48,7 +48,8 @@ class MeasuringOptions:
             return known[self.dtype]
         except (KeyError, TypeError):  # TypeError: not hashable
             raise FlatnessError(
-                f"dtype={self.dtype!r}: give 'float32' or 'float64', or None for the model's dtype, at least float32."
+                f"dtype={self.dtype!r}: give 'float32' or 'float64', or None for the model's own dtype, with half "
+                "precision raised to float32."
             ) from None
 
 

@@ -86,7 +86,7 @@ class SampleTensors:
     def certified(self, inputs: Any, rows: slice | Tensor, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
         """Return this record, marked as certified. Raise an error if samples of a batch do not run independently.
 
-        The samples ``rows`` must have the same logits, up to rounding, when they run alone as in the whole batch.
+        The samples ``rows`` must have the same logits when they run alone and in the whole batch, up to rounding.
         ``logits_of`` runs the model and returns its logits. If this record is certified already, nothing runs.
         """
         if self.is_certified:

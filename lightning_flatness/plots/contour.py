@@ -58,9 +58,10 @@ def plot_contour(
         cap: draw losses above ``cap``, even infinite losses, as if they were ``cap``.
         trajectory: coordinates of training steps, ``(points, 2)``, in order of time, from
             :func:`~lightning_flatness.pca_directions`. They are drawn as a line; parts outside the plane are not shown.
-        levels: losses at which contours are drawn, ascending. By default they are evenly spaced in the loss, or in its
-            logarithm if the losses are positive and span more than a factor of ten. To compare planes, give all of them
-            the same levels, such as those of :func:`shared_levels`.
+        levels: losses at which filled contours change colour, ascending. By default they are evenly spaced in the loss,
+            or in its logarithm if the losses are positive and span more than a factor of ten. If ``color`` is given,
+            the lines are at round losses between the first and the last level. To compare planes, give all of them the
+            same levels, such as those of :func:`shared_levels`.
         label: name of the plane, for the title, or for the legend if ``color`` is given.
         color: draw lines of equal loss in this colour instead of filled contours, with the losses written on the
             lines. To compare planes, draw them into the same ``ax``, each with its own ``color`` and ``label``.
@@ -290,8 +291,8 @@ def plot_kept_and_recomputed(
         The figure and its axes. For planes, the axes are an array of two.
 
     Raises:
-        FlatnessError: the landscapes are at different points or do not have these BatchNorm statistics, or, as for
-            :func:`plot_contour`, a result or an argument cannot be drawn.
+        FlatnessError: the landscapes are at different points, they are not ``"kept"`` and ``"recomputed"`` in this
+            order, or one of them cannot be drawn (see :func:`plot_contour`).
 
     Example:
         >>> import torch

@@ -65,7 +65,8 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
     ]
     if not rows:
         raise FlatnessError(
-            f"No model has both an outcome and a known {measure}: give compare(outcome=), or choose another measure=."
+            f"No model has both an outcome and a finite {measure}. If outcomes are missing, give compare(outcome=); "
+            "otherwise choose another measure=."
         )
     given = ax
     figure, ax = axes_or_new(ax, 6.0, 4.6)
@@ -119,7 +120,7 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def _tau(comparison: Comparison, measure: str) -> str:
-    """Return Kendall's τ with its interval, as text; empty if the comparison has no τ of this number."""
+    """Return a text with Kendall's τ of ``measure`` and its interval; empty if the comparison has no such τ."""
     found = next((one for one in comparison.correlations if one.measure == measure), None)
     if found is None:
         return ""

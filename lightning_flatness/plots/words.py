@@ -1,4 +1,7 @@
-"""Texts on figures: names of measures, the measured data, whether numbers are exact, and which are known."""
+"""Make the texts of figures: names of measures, the measured data, and whether numbers are exact.
+
+Other functions check the name of a measure, and leave out unknown numbers.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
     """Return the main table of a comparison, with a row for every model.
 
-    A row has the normalised relative flatness, its ratio to that of the first model, the losses, the accuracy, the
+    A row has the normalised relative flatness, its ratio to the first model's value, the losses, the accuracy, the
     outcome, and whether the numbers are exact. The caption has the verdict, the cautions and how to read the numbers;
     with ``has_caption=False`` there is no caption.
     """

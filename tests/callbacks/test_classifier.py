@@ -213,7 +213,7 @@ REFUSED = {
         "not mean cross-entropy",
     ),
     "other term": (with_another_term, None, {}, "not mean cross-entropy"),
-    "class weights": (of_class_weights, None, {}, "Give options of your cross-entropy to the callback, too"),
+    "class weights": (of_class_weights, None, {}, "If your cross-entropy has options, give them to the callback"),
     "other class weights": (of_class_weights, None, {"class_weight": [1.0, 2.0, 2.0]}, "not mean cross-entropy"),
     "number of weights": (of_class_weights, None, {"class_weight": [1.0, 2.0]}, "class_weight has shape .* 3 classes"),
     "targets": (

@@ -86,10 +86,10 @@ def _known(sampler: Any) -> tuple[Tensor, bool] | None:
 
 
 def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
-    """Draw epochs from copies of a sampler or batch sampler on all ranks, and return all indices that these yield.
+    """Return all indices that copies of a sampler or batch sampler yield in a few epochs, on all ranks together.
 
-    If all epochs have the same order, only the first ``limit`` items of an epoch count. An item is an index, or a batch
-    of indices if ``sampler`` is a batch sampler.
+    If all epochs have the same order, return only the indices in the first ``limit`` items of an epoch. An item is an
+    index, or a batch of indices if ``sampler`` is a batch sampler.
     """
     sets: list[Tensor] = []
     error: Exception | None = None

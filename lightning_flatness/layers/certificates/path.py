@@ -33,8 +33,8 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
 
     Raises:
         LayerSelectionError: the two gradients differ, because the model also uses the kernel outside the layer (tied
-            weights, a functional call). Or autograd finds no gradient of the kernel, although it finds one of the
-            layer's outputs.
+            weights, a functional call). Or the logits depend on the layer's outputs, but autograd finds no gradient
+            with respect to the kernel.
     """
     expected = kernel_gradient(calls, cotangents)
     if gradient is None and bool(expected.any()):
