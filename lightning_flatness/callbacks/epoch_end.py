@@ -81,7 +81,7 @@ class EpochEndCallback(MeasuringCallback):
 
     @abstractmethod
     def _accept(self) -> None:
-        """Make the stored result the latest one, now that all ranks have it and its record is in the history."""
+        """Make the stored result public (e.g. as ``result``); all ranks have it, and its record is in the history."""
 
     @abstractmethod
     def _write(self, stem: Path) -> list[Path]:

@@ -255,8 +255,8 @@ class FlatnessCallback(FlatnessHistory):
     ) -> None:
         """Measure the validated batch, or the next part of the training data or of the user's own data.
 
-        The end of the validation epoch is too late, because weight averaging swaps the weights back there. In a sanity
-        check, only find out how each layer can be measured.
+        Do not wait for the end of the validation epoch: there, Lightning's ``WeightAveraging`` puts the weights of the
+        training back. In a sanity check, only find out how each layer can be measured.
         """
         if (self._running or self._asked) and not self._errors.pending:
             with self._measuring(trainer, pl_module):

@@ -61,10 +61,13 @@ class Within(nn.Module):
 
 
 def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network | None:
-    """Return the network that ``model`` names or returns, or None if ``model`` is None.
+    """Return the network that ``model`` selects, or None if ``model`` is None.
+
+    ``model`` is the name of an attribute of the LightningModule, or a function that takes the LightningModule and
+    returns the network.
 
     Raises:
-        FlatnessError: ``model`` is a module, or ``model`` names or returns something that is not a module.
+        FlatnessError: ``model`` is a module itself, or does not lead to a module.
     """
     if model is None:
         return None
@@ -91,14 +94,14 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
 def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
     """Return the network that ``model`` names, or the LightningModule if ``model`` is None.
 
-    Use this function if no step has shown which network it calls.
+    Use this function if no training or validation step was seen to call a network.
     """
     named = named_network(pl_module, model)
     if named is None and not is_overridden("forward", pl_module) and "forward" not in vars(pl_module):
         children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
         raise FlatnessError(
-            f"{type(pl_module).__name__} has no forward(), and no step has shown which network it calls. "
-            "Use model=... to name the attribute that is the network. The LightningModule has these submodules: "
+            f"{type(pl_module).__name__} has no forward(), and no training or validation step was seen to call a "
+            "network. Use model=... to name the attribute that is the network. The LightningModule has these submodules: "
             f"{children}."
         )
     return replace(named or Network(pl_module), is_called=False)

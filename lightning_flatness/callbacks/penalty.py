@@ -70,7 +70,8 @@ class FlatnessPenalty(Callback):
     The classifier is the linear layer whose output is the logits of the loss. The callback finds this layer in the
     first step of a fit. In that step, the callback also checks that the loss has the same second derivative with
     respect to the logits as mean cross-entropy. Later steps are not checked. With ``ignore_index`` or
-    class weights, ``κ`` depends on the labels. They are taken from the batch, even if a later step changes them.
+    class weights, ``κ`` depends on the labels. The callback copies them before every training step, so changes that
+    the step makes to them do not matter.
 
     The callback logs three means over every epoch: ``κ`` as ``penalty/relative_flatness`` (or with the name in
     ``measure=``), ``λ`` as ``penalty/strength``, and the term added to the loss as ``penalty/loss``. It works with

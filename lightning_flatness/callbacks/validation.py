@@ -19,9 +19,10 @@ from lightning_flatness.results import FlatnessReport
 
 
 class Validation:
-    """The measurement of one validation: a :class:`Running` for each validation loader, or a single one for other data.
+    """The measurement during one validation, with one :class:`Running` for each source of samples.
 
-    The measurement of a loader begins with the first step on this loader, because the network may be unknown before.
+    A source is a validation loader, the training data, or the user's own data. The measurement of a loader begins with
+    the first step on this loader, because this step shows which network to measure.
 
     Normalised relative flatness needs the standard deviations ("spread") of the layers' input channels. A collective
     computes the spread from the first samples of all ranks. Until then, samples are held, which means that they wait in
@@ -45,7 +46,7 @@ class Validation:
         self._of_step(loader, network).before_step(asked)
 
     def after_step(self, asked: Asked | None, call: Call | None, network: Network, batch_idx: int, loader: int) -> None:
-        """Measure a validated batch, or the next part of other data.
+        """Measure a validated batch, or the next part of the training data or of the user's own data.
 
         A loader other than the first is left out if its batches have no targets, or if its first step does not call the
         network. After the last batch of a loader, the samples that have waited in memory are measured at once, because

@@ -120,8 +120,9 @@ def _offsets(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _variance(logits: Tensor, weight: Tensor) -> Tensor:
     """Compute ``Var_{k~π}(w_k) = Σ_k π_k ‖w_k‖² - ‖Σ_k π_k w_k‖²`` of every sample, ``(N,)``.
 
-    It is computed as ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>`` with ``u = δ W``, because both terms are small where ``π_p``
-    is close to one. ``δ`` and ``p`` are those of :func:`_offsets`.
+    Compute it as ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>`` with ``u = δ W``, to avoid cancellation where ``π_p`` is close to
+    one: the two terms above are then both about ``‖w_p‖²``, and the two terms here are small. ``δ`` and ``p`` are those
+    of :func:`_offsets`.
     """
     delta, likeliest = _offsets(logits)
     centred = weight - weight.mean(0)  # an offset that all rows share changes nothing, but costs precision

@@ -116,7 +116,7 @@ class Listener:
     def _hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Run a call of the model for the user, and record or observe it if it is the call to record."""
+        """Run a call that the user's code makes of the model, and record or observe it if it is the call to record."""
         called = heard_call(arguments, keywords)
         counts = not self._is_called and (self._wanted is None or not self._only or self._is_wanted(called))
         takes_over = counts and self._is_wanted(called) and not self._is_wanted(self._called)

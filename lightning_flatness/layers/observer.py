@@ -192,7 +192,7 @@ class FlatnessObserver:
         return self._observe(forms)
 
     def sums_of(self, forms: ClosedForms) -> dict[str, LayerSums]:
-        """Compute each layer's sums from the result of :meth:`observed_forms`, or from ``WaitingSamples.forms``."""
+        """Return the :class:`LayerSums` of each layer by name; ``forms`` comes from a method of this class."""
         with differentiable(self._model):
             return self._measured(forms)
 

@@ -189,7 +189,7 @@ class OwnPasses:
         return self._selection
 
     def _certified(self, part: Part, first_batch: bool, mode: WithoutAutocast) -> CertifiedPass:
-        """Run the model on a part, and certify the pass; ``mode`` comes from :func:`isolated`."""
+        """Run the model on a part of a batch, and certify the forward pass; ``mode`` comes from :func:`isolated`."""
         first, is_new = not self.known.layers, self._selection is None
         selection, rows, start, targets = self._selected(part), part.rows, part.start, part.targets
         if first and not is_new:

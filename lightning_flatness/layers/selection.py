@@ -133,8 +133,8 @@ def _wanted(
     if not ran:
         raise LayerSelectionError(
             f"The forward runs none of the model's convolutions and linear layers ({_listing(list(candidates))}). "
-            "If the model is a copy of a compiled model, it runs the layers of the original. In this case, copy before "
-            "compiling."
+            "If the model is a copy of a compiled model, it runs the layers of the original: copy the model before you "
+            "call torch.compile."
         )
     if layers == "all":
         return ran

@@ -69,7 +69,7 @@ def row_of(
 
 
 def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[str, Tensor]:
-    """Return a mapping from names of numbers, such as ``"loss"``, to the covariances of the reports' errors.
+    """Return a mapping from each number's name, such as ``"loss"``, to the covariances of the reports' errors.
 
     The covariances of ``M`` reports are float64 ``(M, M)``. A diagonal entry is the variance over samples, plus the
     variance of random estimates, such as those from random probes. ``is_paired`` says whether all models were measured
@@ -128,7 +128,7 @@ def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> boo
 
 
 def _means_without_groups(report: FlatnessReport) -> dict[str, Tensor]:
-    """Return a mapping from names of numbers, such as ``"loss"``, to their jackknife means ``(G,)``.
+    """Return a mapping from each number's name, such as ``"loss"``, to its jackknife means ``(G,)``.
 
     Entry ``g`` is the mean over all samples except those of group ``g``. Numbers without per-sample values in the
     report are left out.
@@ -171,7 +171,7 @@ def _estimate_error(report: FlatnessReport, number: str) -> float:
 
 
 def errors_of(covariances: Mapping[str, Tensor], index: int) -> dict[str, float]:
-    """Return a mapping from names of numbers to their standard errors, for the model at ``index``.
+    """Return a mapping from each number's name to its standard error, for the model at ``index``.
 
     Errors that are not known (NaN) are left out.
     """

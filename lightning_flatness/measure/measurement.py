@@ -95,14 +95,16 @@ class Measurement:
     def _hold_first(
         self, inputs: Any, targets: Tensor | None, positions: Tensor, advance: Callable[[float], None] | None
     ) -> tuple[int, Mapping[str, ChannelSums]]:
-        """Certify those samples of a batch that are among the first of the measured set, and hold them if possible.
+        """Certify the samples of a batch whose position is below ``FIRST_SAMPLES``, and hold them if possible.
+
+        ``positions`` are the indices of the batch's samples in the measured set.
 
         This method can hold them if every layer has a closed form, a formula that needs no second forward pass.
         Otherwise the caller holds the samples, and the model runs on them again later.
 
         Returns:
             ``(held, {})``, where ``held`` is the number of samples that this method holds. If some layer has no closed
-            form, ``(0, sums)``, where ``sums`` maps layers to the sums of every sample over each input channel.
+            form, ``(0, sums)``, where ``sums`` maps layers to the :class:`ChannelSums` of the samples.
         """
         among_first = (positions < FIRST_SAMPLES).nonzero()
         if not len(among_first):

@@ -96,8 +96,8 @@ class ComparedModel(Record):
         feature_spread: mean over samples of ``‖g‖²``, times the mean over classes of ``‖w_k - w̄‖²``. ``g`` is the
             input of the linear classifier, ``w_k`` is a row of its weight, and ``w̄`` is the mean row.
         outcome: the number that flatness is expected to predict, such as a generalisation gap; given by the user.
-        errors: mapping from names of numbers to standard errors, which come from the choice of samples and from random
-            estimates, such as probes.
+        errors: mapping from a number's name, such as ``"loss"``, to its standard error. Errors come from the choice of
+            samples and from random estimates, such as probes.
         layers: names of the measured layers.
         filters: number of filters of each measured layer.
         features: number of weights per filter, for each measured layer.
@@ -170,7 +170,7 @@ class Comparison(Record):
     Attributes:
         models: mapping from names of models to their rows, in the order in which the models were given.
         cautions: problems that limit what can be concluded from the comparison.
-        covariances: mapping from names of numbers to covariance matrices, float64 ``(M, M)`` for ``M`` models. Entry
+        covariances: mapping from a number's name to a covariance matrix, float64 ``(M, M)`` for ``M`` models. Entry
             ``[i, j]`` is the covariance between the number's errors in models ``i`` and ``j``. Unless ``is_paired``,
             entries with ``i != j`` are zero.
         is_paired: whether all models are known to be measured on the same samples. If so, the errors of differences

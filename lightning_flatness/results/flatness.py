@@ -293,7 +293,10 @@ class FlatnessReport(Record):
         return table
 
     def shown(self, measure: str) -> str:
-        """Return the sum of a measure over layers, or a mean such as ``"loss"``, with its errors, as tables show it."""
+        """Return the report's value of a measure with its errors, as text for a table.
+
+        ``measure`` is a sum over layers, such as ``"hessian_trace"``, or a mean over samples, such as ``"loss"``.
+        """
         errors = self.sampling_errors.get(measure, math.nan), self.standard_errors.get(measure, 0.0)
         return measured(getattr(self, measure), *errors)
 

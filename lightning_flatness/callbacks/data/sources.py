@@ -136,10 +136,10 @@ class Asked:
         given = [tensor for tensor in tensors_of(call) if not equal_inputs(tensor, self.targets)] if self.rivals else []
         if len(given) < self.num_others and not all(_is_among(rival, given) for rival in self.rivals):
             raise BatchError(
-                "It is not certain which tensor of the batch has the targets, because the network gets only some of "
-                "the others. Give batch_fn=, a function from a batch to (inputs, targets). With data='val', "
-                "batch_fn= of FlatnessCallback may return (None, targets); the inputs are then those of the validation "
-                "step."
+                "It is not certain which tensor of the batch has the targets: several tensors may have them, and the "
+                "network does not get all the others. Give batch_fn=, a function from a batch to (inputs, targets). With "
+                "data='val', batch_fn= of FlatnessCallback may return (None, targets); the inputs are then those of "
+                "the validation step."
             )
 
 
