@@ -101,8 +101,8 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
         children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
         raise FlatnessError(
             f"{type(pl_module).__name__} has no forward(), and no training or validation step was seen to call a "
-            "network. Use model=... to name the attribute that is the network. The LightningModule has these submodules: "
-            f"{children}."
+            "network. Use model=... to name the attribute that is the network. The LightningModule has these "
+            f"submodules: {children}."
         )
     return replace(named or Network(pl_module), is_called=False)
 

@@ -137,9 +137,9 @@ class Asked:
         if len(given) < self.num_others and not all(_is_among(rival, given) for rival in self.rivals):
             raise BatchError(
                 "It is not certain which tensor of the batch has the targets: several tensors may have them, and the "
-                "network does not get all the others. Give batch_fn=, a function from a batch to (inputs, targets). With "
-                "data='val', batch_fn= of FlatnessCallback may return (None, targets); the inputs are then those of "
-                "the validation step."
+                "network does not get all the others. Give batch_fn=, a function from a batch to (inputs, targets). "
+                "With data='val', batch_fn= of FlatnessCallback may return (None, targets); the inputs are then those "
+                "of the validation step."
             )
 
 
