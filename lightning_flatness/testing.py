@@ -115,8 +115,8 @@ def assert_matches_oracle(
     The check makes one backward pass for every weight of the filters, so choose a small layer or a few ``filters``.
 
     Args:
-        model: any model that ``measure_flatness`` accepts. The check works on a copy of the model, in which the value
-            of a parametrised weight replaces the parametrisation.
+        model: any model that ``measure_flatness`` accepts. The check works on a copy of the model. There, a plain
+            parameter with the same value replaces a parametrised weight.
         batch: a pair of inputs and targets; the inputs must be one tensor, of floating-point numbers or token ids.
         layer: name of the layer; ``""`` if the model itself is the layer.
         filters: indices of filters. If they are given, the check compares only the block traces of these filters, and

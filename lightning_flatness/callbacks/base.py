@@ -221,7 +221,7 @@ class MeasuringCallback(Callback):
 
     @contextmanager
     def _training_step(self, pl_module: LightningModule) -> Iterator[None]:
-        """If the ``with`` block raises an error, warn and measure as if no training step had been seen."""
+        """Turn an error of the ``with`` block into a warning, if a network to measure can be found all the same."""
         try:
             yield
         except Exception as error:
@@ -246,12 +246,12 @@ class MeasuringCallback(Callback):
     def _find_network(self, pl_module: LightningModule) -> Call | None:
         """Find the network among the modules that the step has called, and return the call to measure.
 
-        Return None if no recorded call can be measured. If no call was recorded in the sanity check, in training or
-        with an empty batch, the network stays unknown until a later step.
+        Return None if no recorded call can be measured. If no call was recorded at all, a later step may still call the
+        network. So in the sanity check, in training and with an empty batch, the network stays unknown for now.
 
-        If :attr:`_follows_steps` and ``batch_fn=`` gives no inputs, the inputs of the returned call are measured.
-        Otherwise the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step gives to the
-        network. Warn if inputs from ``batch_fn=`` differ. Raise an error if inputs from the batch differ.
+        If :attr:`_follows_steps` is True and ``batch_fn=`` gives no inputs, the inputs of the returned call are
+        measured. Otherwise the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step
+        gives to the network. Warn if inputs from ``batch_fn=`` differ. Raise an error if inputs from the batch differ.
         """
         watch, asked = self._watch, self._asked
         assert asked is not None
@@ -325,7 +325,7 @@ class MeasuringCallback(Callback):
 
     @property
     def _follows_steps(self) -> bool:
-        """Whether the callback measures the validated batches, with the inputs that the network gets in their steps."""
+        """Whether the callback measures the validated batches, with the inputs that their steps give the network."""
         return self._data_name == "val"
 
     @property

@@ -97,8 +97,8 @@ def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Modul
     if plain_name(layers) not in named:
         there = ", ".join(f"'{name}'" for name in list(named)[-5:]) or "none"
         raise FlatnessError(
-            f"FlatnessPenalty: layers={layers!r} names no linear layer or convolution of {type(pl_module).__name__}; "
-            f"the last ones are {there}."
+            f"FlatnessPenalty: layers={layers!r} names no linear layer or convolution of {type(pl_module).__name__}. "
+            f"Its last such layers are: {there}."
         )
     return {plain_name(layers): named[plain_name(layers)]}
 
@@ -140,8 +140,8 @@ def find_classifier(calls: Sequence[StepCall], layers: dict[str, nn.Module], why
     if not reasons:
         raise FlatnessError(
             "FlatnessPenalty finds no classifier. The training step must call an nn.Linear of the LightningModule, or "
-            "a convolution on pooled features, as a module and with gradients. The output must have shape (samples, "
-            "classes). "
+            "a convolution on pooled features, with gradients. Functional calls such as F.linear are not seen. The "
+            "output must have shape (samples, classes). "
             f"{BY_HAND}"
         )
     raise FlatnessError(

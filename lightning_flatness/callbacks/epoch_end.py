@@ -81,7 +81,7 @@ class EpochEndCallback(MeasuringCallback):
 
     @abstractmethod
     def _accept(self) -> None:
-        """Make the stored result public (e.g. as ``result``); all ranks have it, and its record is in the history."""
+        """Make the stored result public, e.g. as ``result``. All ranks call this after its record is in the history."""
 
     @abstractmethod
     def _write(self, stem: Path) -> list[Path]:
@@ -237,7 +237,7 @@ class EpochEndCallback(MeasuringCallback):
             raise KeyboardInterrupt  # end the training as well
 
     def _is_settled(self, pl_module: LightningModule, where: str, final: bool) -> bool:
-        """Return True if no rank has failed to measure. Otherwise raise an error, or warn and log NaN."""
+        """Return True if all ranks have succeeded so far. Otherwise raise an error, or warn and log NaN."""
         if self._errors.settle(where):
             return True
         if self.history and not final:

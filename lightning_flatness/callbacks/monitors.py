@@ -63,7 +63,7 @@ def warn_of_traps(trainer: Trainer, prefix: str, on_error: str) -> None:
         elif _begins_at_once(callback):
             rank_zero_warn(
                 f"{kind.__name__}(monitor='{key}') {what}: a network that has not learnt anything is flat, and the "
-                f"number rises at first. Use {remedy}, or a subclass that begins at a later epoch."
+                f"number rises at first. Use {remedy}, or a subclass of {kind.__name__} that begins at a later epoch."
             )
 
 

@@ -125,8 +125,8 @@ class FlatnessPenalty(Callback):
         prefix: str = "penalty",
     ) -> None:
         if not is_number(strength) or not 0 <= strength < math.inf:
-            remedy = " maximize=True trains away from flat minima." if is_number(strength) and strength < 0 else ""
-            raise FlatnessError(f"FlatnessPenalty: strength={strength!r} must be a number, zero or more.{remedy}")
+            remedy = " To avoid flat minima, use maximize=True." if is_number(strength) and strength < 0 else ""
+            raise FlatnessError(f"FlatnessPenalty: strength={strength!r} must be a finite number, at least 0.{remedy}")
         if not isinstance(layers, str) or not layers:
             raise FlatnessError(f"FlatnessPenalty: layers={layers!r} must be 'classifier' or the name of one layer.")
         check_whole("FlatnessPenalty: warmup_steps", warmup_steps, least=0)
@@ -293,8 +293,9 @@ class FlatnessPenalty(Callback):
     def _targets_for(self, call: StepCall) -> Tensor | None:
         """Return the batch's targets if the penalty needs them, or None otherwise.
 
-        It needs targets if there are class weights, or if targets are class indices, some of which may be ignored.
-        Other targets, such as class probabilities, are taken to sum to one for every sample, and are not needed.
+        With class weights, the penalty needs targets of any kind. Without class weights, it needs them only if they are
+        class indices, some of which may be ignored. Other targets, such as class probabilities, are assumed to sum to
+        one for every sample, so they are not needed.
         """
         targets = self._targets
         if targets is None or self._options["class_weight"] is not None:

@@ -66,7 +66,7 @@ class RankErrors:
             failed_at = f"could not {task}" if task else f"failed at {where}"
             raise FlatnessError(f"{self._name} {failed_at}{on_rank}: {message}")
         if message != self._last_warning:  # an error that persists gives one warning only
-            lacks = f"could not {task}" if task else f"has no {self._measured} for {where}; it failed"
+            lacks = f"could not {task}" if task else f"has no {self._measured} for {where}; the measurement failed"
             rank_zero_warn(f"{self._name}(on_error='warn') {lacks}{on_rank}: {message}")
         self._last_warning = message
         return False

@@ -73,8 +73,8 @@ class Running:
     It records the call of the network in each validation step. If a trial shows that observing changes nothing, it also
     observes the forward pass of that call, which saves an extra pass.
 
-    If the trial fails, no pass is observed in the rest of the run, or in the rest of this measurement if the network is
-    compiled. If the pass of a later batch cannot be used, no pass is observed in the rest of this measurement.
+    If the trial fails, stop observing passes for the rest of the run. Stop only for the rest of this measurement if the
+    network is compiled, or if the pass of a later batch cannot be used.
     """
 
     def __init__(
@@ -184,8 +184,8 @@ class Running:
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
         """Measure samples in an extra forward pass.
 
-        If a trial has shown that this is possible, observe a pass that runs in the same way and precision as those of
-        validation. If such a pass raises an error, this and all later extra passes are ordinary ones.
+        If a trial has shown that passes can be observed, observe this pass, too. It then runs in the same way and
+        precision as the passes of validation. If it raises an error, run this and all later extra passes as usual.
         """
         self._try_once()
         if self._repeats and ((self._observes and self._is_tried) or self.measurement.observer.repeats):
@@ -225,8 +225,8 @@ class Running:
         """Return the recorded call if the step called the network on one input only.
 
         Otherwise return a call on the inputs of ``batch_fn=``, or raise an error if ``batch_fn=`` gives no inputs. If
-        the step does not call the network at all, it may call another one now. Then also raise an error unless
-        ``model=`` names the network.
+        the step does not call the network at all, it may call another one now. So this is an error even with such
+        inputs, unless ``model=`` names the network.
         """
         listener = self._listener
         assert listener is not None
@@ -240,8 +240,8 @@ class Running:
             return asked.own_call()
         if call is not None:
             raise BatchError(
-                f"The validation step calls the network on different inputs in batch {batch_idx}, unlike in earlier "
-                "batches. Give batch_fn=, a function from a batch to the (inputs, targets) to measure."
+                f"The validation step calls the network on several different inputs in batch {batch_idx}, unlike in "
+                "earlier batches. Give batch_fn=, a function from a batch to the (inputs, targets) to measure."
             )
         raise NotCalledError(
             f"The validation step does not call the network in batch {batch_idx}, unlike in earlier batches. It may "

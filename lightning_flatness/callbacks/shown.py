@@ -49,9 +49,9 @@ def check_inputs(name: str, data: Any, step: str, asked: Asked, call: Call, foll
         )
     elif differs and step == "training":
         raise FlatnessError(
-            "the training step gives other tensors to the network than those of the batch, which are measured. If it "
-            "only augments the batch, change nothing. If it does more, give batch_fn=, a function that takes a batch, "
-            "prepares the inputs, and returns (inputs, targets)."
+            "the training step gives other tensors to the network than those of the batch. The batch's own tensors are "
+            "measured. If the step only augments the batch, change nothing. If it does more, give batch_fn=, a "
+            "function that takes a batch, prepares the inputs, and returns (inputs, targets)."
         )
     elif differs:
         raise FlatnessError(

@@ -49,8 +49,8 @@ class FlatnessStopping(EarlyStopping):
     A small relative flatness means a flat network. But relative flatness rises in the first epochs, while the network
     learns to tell classes apart. A plain ``EarlyStopping`` on relative flatness takes the first epochs for the best
     ones, and stops early, at a low accuracy. ``FlatnessStopping`` ignores both metrics in the first epochs, the
-    burn-in. Afterwards training continues as long as one of the metrics improves. A validation does not count if
-    flatness was not measured there, because of ``every_n_epochs`` or because the measurement failed.
+    burn-in. Afterwards training continues as long as one of the metrics improves. Validations without a new flatness
+    value are ignored, whether ``every_n_epochs`` skips them or the measurement fails.
 
     Args:
         monitor: key of a flatness measure that :class:`~lightning_flatness.FlatnessCallback` logs, or a list of keys.

@@ -99,9 +99,9 @@ def in_words(seconds: float, whole: float, samples: Sequence[int]) -> str:
 
 
 def _of_each(samples: Sequence[int], total: float) -> float:
-    """Return the ``max_samples=`` with which ``total`` samples of all loaders together are measured.
+    """Return the number of samples per loader (``max_samples=``) that gives ``total`` samples over all loaders.
 
-    Loaders with fewer samples than that are measured whole. The others share the remaining samples equally.
+    Loaders that have fewer samples are measured whole. The others share the remaining samples equally.
     """
     rest = len(samples)
     for size in sorted(samples):

@@ -1,4 +1,4 @@
-"""Measure during one validation: the batches of every validation loader, or data that are read separately."""
+"""Measure flatness during one validation, on the validated batches or on data that are read separately."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def set_up(owner: Any, device: str) -> Trainer:
     """
     if not hasattr(owner, "prepare_data"):
         raise UsageError(
-            f"--data: {type(owner).__name__} is no LightningDataModule, as it has no prepare_data. Give the class of "
-            "one, or a function that returns one."
+            f"--data: {type(owner).__name__} is no LightningDataModule, as it has no prepare_data. Give the "
+            "import path of a LightningDataModule class, or of a function that returns a LightningDataModule."
         )
     owner.trainer = trainer = quiet_trainer(device, [])
     try:
@@ -74,7 +74,8 @@ def split_of(name: str, model: nn.Module, data: Any, number: int, max_samples: i
         raise FlatnessError(f"{type(owner).__name__} gives no {name} data: {type(error).__name__}: {error}") from error
     if given is None:
         raise FlatnessError(
-            f"{type(owner).__name__}.{hook}() returns None, so there are no {name} data. Choose a split with --split."
+            f"{type(owner).__name__}.{hook}() returns None, so there are no {name} data. Choose the other split "
+            "with --split. If only the training loss needs these data, add --no-train-loss."
         )
     if number >= len(loaders):
         raise UsageError(

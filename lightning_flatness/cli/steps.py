@@ -170,7 +170,10 @@ def targets_at(key: str, has_steps: bool) -> Callable[[Any], tuple[Any, Tensor]]
         entries = {str(name): entry for name, entry in entries_of(batch).items()}
         targets = entries.pop(key, None)
         if not isinstance(targets, Tensor):
-            raise BatchError(f"--targets {key}: there is no such tensor in a batch, which is {described(batch)}.")
+            raise BatchError(
+                f"--targets {key}: a batch has no tensor with this key, attribute or position. The batch is "
+                f"{described(batch)}."
+            )
         if not has_steps and len(entries) != 1:
             raise BatchError(
                 f"--targets {key}: without a validation step, a batch must have one entry for the network, besides "

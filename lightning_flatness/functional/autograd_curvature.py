@@ -26,11 +26,11 @@ ROUNDINGS = 100
 class AutogradCurvature:
     """The symmetric curvature ``Λ`` of any loss with many classes, by products ``Λ x`` that autograd computes.
 
-    The Gauss-Newton method needs ``Λ`` as a sum of ``± b bᵀ`` over column vectors ``b``. Here every class ``k`` gives
-    two columns, ``b = (x + y) / 2`` with the sign +1 and ``b = (x - y) / 2`` with the sign -1. Let ``e_k`` be the unit
-    vector of the class, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive numbers ``w_k``, the matrices
-    ``± b bᵀ`` of all classes sum to ``Λ``. Here ``w_k`` estimates the norm of row ``k`` of ``Λ``; see :attr:`weights`.
-    Then ``x`` and ``y`` are about equally large, and little cancels between the two columns of a class.
+    The Gauss-Newton method needs ``Λ`` as a sum of ``± b bᵀ`` over column vectors ``b``. Let ``e_k`` be the unit vector
+    of class ``k``, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. Every class gives two columns: ``b = (x + y) / 2`` with
+    the sign +1, and ``b = (x - y) / 2`` with the sign -1. For any positive numbers ``w_k``, the matrices ``± b bᵀ`` of
+    all classes sum to ``Λ``. Here ``w_k`` estimates the norm of row ``k`` of ``Λ``; see :attr:`weights`. Then ``x`` and
+    ``y`` are about equally large, and little cancels between the two columns of a class.
 
     Args:
         function: maps logits and targets to the loss of every sample, ``(N,)``.

@@ -119,8 +119,9 @@ class ClassCurvature:
         With a tolerance, classes that add little to ``t = Σ_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]`` are left out if that
         saves enough work. Their terms in ``t`` sum to at most ``tolerance * t``; ``scales`` ``(N, S)`` must not be
         negative. The diagonal of what is left out is returned as ``rest``, so only entries off the diagonal are
-        approximate. If classes are left out, :attr:`floor` is returned as well. If it is not None, the columns have the
-        weights ``w_k - floor`` in place of ``w_k``. With a center, there is then one more column, ``√(K floor) πᵀV``.
+        approximate. If classes are left out, :attr:`floor` is returned as well. If ``floor`` is not None, the columns
+        have the weights ``w_k - floor`` in place of ``w_k``. With a ``floor`` and a center, there is one more column,
+        ``√(K floor) πᵀV``.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)

@@ -75,7 +75,7 @@ def gauss_newton_contraction(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Contraction:
-    """Compute what :func:`gauss_newton_block_traces` does and, with a ``weighting``, the measures of every sample."""
+    """Compute block traces like :func:`gauss_newton_block_traces` and, with a ``weighting``, each sample's measures."""
     columns = len(cotangents[0])
     samples, filters = cotangents[0][0].shape[:2]
     inputs, geometry = calls[0]

@@ -152,7 +152,7 @@ class CustomLoss(Loss):
 
     @property
     def label(self) -> str:
-        """The name. If others may share it, a hash of the function's code, options and initial tensors follows."""
+        """The name, plus a hash of the code, options and initial tensors if other losses may share the name."""
         return str(vars(self)["_label"])
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
@@ -263,8 +263,9 @@ class CustomLoss(Loss):
             (gradient,) = torch.autograd.grad(losses[mask].sum(), logits, retain_graph=True)
             if bool(gradient[~mask].any()):
                 raise BatchError(
-                    f"The loss '{self.name}' of one sample depends on other samples of the batch. A contrastive loss "
-                    "does, and a loss that uses batch statistics. Every sample needs a loss of its own."
+                    f"The loss '{self.name}' of one sample depends on other samples of the batch, as in a contrastive "
+                    "loss or with batch statistics. Give a loss that computes the loss of every sample from the logits "
+                    "and the target of this sample alone."
                 )
 
 

@@ -62,11 +62,12 @@ def are_integers(targets: Tensor) -> bool:
 
 
 def are_correct(logits: Tensor, targets: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Return for every sample 1 if its target's class has the largest logit, or 0 if not or if ignored; float64.
+    """Return 1 for every sample whose target's class has the largest logit, and 0 for all others, in float64.
 
-    The result is NaN for all samples if targets are not class indices or if there is only one class. ``kept`` is a mask
-    of the samples that are not ignored. Without it, the result is also NaN for targets outside ``0..K-1``, because they
-    may mark ignored samples. For ``logits`` of shape ``(..., N, K)``, the result has shape ``(..., N)``.
+    Ignored samples get 0. The result is NaN for all samples if targets are not class indices or if there is only one
+    class. ``kept`` is a mask of the samples that are not ignored. Without it, the result is also NaN for targets
+    outside ``0..K-1``, because they may mark ignored samples. For ``logits`` of shape ``(..., N, K)``, the result has
+    shape ``(..., N)``.
     """
     samples, classes = logits.shape[-2:]
     if targets.shape != (samples,) or classes < 2 or not are_integers(targets):
@@ -117,7 +118,7 @@ class Loss:
 
     @property
     def label(self) -> str:
-        """The name, followed by a hash of the loss's attributes, if any, so that losses of equal name differ."""
+        """The name. A loss with attributes also gets a hash of them, because other losses may have the same name."""
         return with_hash(self.name, self)
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:

@@ -120,9 +120,9 @@ def _offsets(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _variance(logits: Tensor, weight: Tensor) -> Tensor:
     """Compute ``Var_{k~π}(w_k) = Σ_k π_k ‖w_k‖² - ‖Σ_k π_k w_k‖²`` of every sample, ``(N,)``.
 
-    Compute it as ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>`` with ``u = δ W``, to avoid cancellation where ``π_p`` is close to
-    one: the two terms above are then both about ``‖w_p‖²``, and the two terms here are small. ``δ`` and ``p`` are those
-    of :func:`_offsets`.
+    If ``π_p`` is close to one, both terms are about ``‖w_p‖²``, and their difference loses precision. So the function
+    computes the equal expression ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>`` with ``u = δ W``, whose terms are then small.
+    ``δ`` and ``p`` are those of :func:`_offsets`.
     """
     delta, likeliest = _offsets(logits)
     centred = weight - weight.mean(0)  # an offset that all rows share changes nothing, but costs precision
@@ -175,7 +175,9 @@ def target_sums(
     if class_weight is not None:
         weight = torch.as_tensor(class_weight, dtype=logits.dtype, device=logits.device)
     if weight.shape != (classes,):
-        raise BatchError(f"class_weight has shape {tuple(weight.shape)}, but there are {classes} classes.")
+        raise BatchError(
+            f"class_weight has shape {tuple(weight.shape)}, but there are {classes} classes. Give one weight per class."
+        )
     if targets.is_floating_point() and targets.shape == logits.shape:
         return ((1 - label_smoothing) * targets.to(weight) + label_smoothing / classes) @ weight, samples
     if targets.shape != (samples,) or targets.is_floating_point() or targets.is_complex():

@@ -1,7 +1,7 @@
-"""The sums over samples in the closed form (``closed_form.py``), whose terms are elementwise products of two matrices.
+"""Sum elementwise products of two matrices over samples, for the closed form (``closed_form.py``).
 
-Both matrices are matrix products. The sums are symmetric, so only their upper triangles are computed, in strips. A
-strip is a block of rows, from the diagonal to the right (``symmetric.py``).
+Each of the two matrices is itself a matrix product. The sums are symmetric, so only their upper triangles are computed,
+in strips. A strip is a block of rows, from the diagonal to the right (``symmetric.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Factors:
     Column ``s`` of ``V``, ``(K, S)``, is the classifier's weight for filter ``s``, centred as in ``curvature.py``.
 
     Attributes:
-        features: ``(left, right)``, each ``(N, G, s, P)`` or ``(N, G, s, D)``.
+        features: ``(left, right)``, each ``(N, G, s, P)`` if made from patch Gram matrices, ``(N, G, s, D)`` if made
+            from patches.
         normalized: the same pair, computed from inputs whose channels are divided by their standard deviation; or None.
         columns: ``(columns, others)``, each ``(N, G, s, C)``, where ``C`` is the number of columns.
         counts: for every sample, how many of its ``C`` columns are used; later columns are zero.

@@ -237,7 +237,7 @@ class _Certificates:
     def certified_paths(self, calls: Calls, left_out: dict[str, str]) -> dict[str, float]:
         """Run certificate 4 on all layers together, and return the deviation that :func:`certify_path` finds for each.
 
-        The certificate does not apply to a kernel that a layer computes from a parameter. Its deviation is set to zero.
+        A layer that computes its kernel from a parameter is not tested. The deviation of such a layer is set to zero.
         """
         own = [name for name, of_layer in calls.items() if is_own_weight(of_layer[0])]
         u = random_like(self.recorded.logits)
@@ -315,9 +315,9 @@ class _Certificates:
     ) -> tuple[dict[str, Inexact | None], Known[None] | None]:
         """Return why the logits are not affine in the kernel of each layer, and the updated ``known.affine``.
 
-        The reason is None if the logits are affine. Layers that failed this test on earlier batches are left out. The
-        functions in the graph may imply that all second derivatives are zero. Then, after the first samples, layers
-        that run once are tested only on one of sixteen batches, to find hooks on tensors, which are not in the graph.
+        The reason is None if the logits are affine. Layers that failed this test on earlier batches are left out. If
+        the functions in the graph show that all second derivatives are zero, layers that run once are tested only on
+        the first samples and on one of sixteen batches. That finds hooks on tensors, which the graph does not show.
         """
         logits, known = self.recorded.logits, self.known.affine
         checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in NOT_LABELLED}

@@ -95,9 +95,9 @@ class ClosedForms:
 def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
     """Return the block traces of one layer, or only their diagonals, summed over the samples of a pass.
 
-    A layer has a :attr:`CertifiedLayer.gram_norm` only if there are many classes and classes may be left out. Then
-    classes that add little to the trace are left out. Of the measures, only relative flatness and normalised relative
-    flatness change. Unless a bound shows that the change is at most the share :data:`TRUNCATION`, all classes are used.
+    If there are many classes and classes may be left out, the layer has a :attr:`CertifiedLayer.gram_norm`. Then
+    classes that add little to the trace are left out. Of the measures, this changes only relative flatness and
+    normalised relative flatness. If a bound of the relative change exceeds :data:`TRUNCATION`, all classes are used.
     """
     if isinstance(form, OutputForm):
         return _output(form, weighting, diagonal)

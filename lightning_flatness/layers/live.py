@@ -24,10 +24,10 @@ from lightning_flatness.model.precision import Precision, current_precision
 class Listener:
     """A context manager that records one call of a model by the user's code, and may observe its forward pass.
 
-    At most one call is recorded: the first on the very objects ``inputs``. If there is none and ``only`` is False, or
-    if ``inputs`` is None, it is the first call of all. :attr:`call` holds copies of its arguments, and what the model
-    answered. If the recorded call is not on ``inputs``, :attr:`num_others` is the number of later calls on objects
-    other than its own.
+    At most one call is recorded: the first call on the very objects ``inputs``. If there is no such call and ``only``
+    is False, it is the first call on other objects. If ``inputs`` is None, it is the first call of all. :attr:`call`
+    holds copies of the recorded call's arguments, and the model's :class:`Answer`. If the recorded call is not on
+    ``inputs``, :attr:`num_others` counts the later calls on objects other than those of the recorded call.
 
     Errors of the package are never raised in the user's code, only in :meth:`result`. If observing makes the forward
     fail, the listener runs the forward again without observing it. After the call, the grad mode and the inference mode

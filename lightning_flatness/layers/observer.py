@@ -197,7 +197,7 @@ class FlatnessObserver:
             return self._measured(forms)
 
     def _observe(self, work: Callable[[Observable], tuple[Result, Certified]]) -> Result:
-        """Call ``work``, store the certificates that it returns, and return its result."""
+        """Call ``work``, which returns a result and certificates; store the certificates, and return the result."""
         assert self._observable is not None
         result, known = work(self._observable)
         self._observable = replace(self._observable, known=known)
@@ -334,7 +334,7 @@ class FlatnessObserver:
         parameters = {own_weight(call.module): kernels[name] for name, call in calls.items()}
         grams = {name: known.layers[name].gram.whole() for name in wanted}
         if certified.loss.residual is None:
-            raise BatchError("residual='hutchinson' depends on the targets. Give batches of (inputs, targets).")
+            raise BatchError("residual='hutchinson' needs targets, but this batch has none. Give (inputs, targets).")
         logits = logits_of(ModelCopy(self._model, self._options.measuring_dtype)(certified.recorded.inputs, parameters))
         scalar = (logits * certified.loss.residual.to(logits.dtype)).sum()
         return hutchinson_residual(scalar, kernels, grams, weightings, self._options, self._generator)

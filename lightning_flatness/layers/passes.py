@@ -40,9 +40,9 @@ class PartSize:
     def next_rows(self, left: int, begun: bool) -> int:
         """Return the number of samples in the next part, if ``left`` samples of the batch remain.
 
-        The remaining parts get about equal sizes, of at most ``most`` samples. Without ``begun``, the part is the first
-        of the first batch. It gets at most half of ``most``, because certifying it takes about fifteen backward passes.
-        If the size was already halved, this part may have ``most`` samples, too.
+        The remaining parts get about equal sizes, of at most ``most`` samples. ``begun`` is False for the first part of
+        the first batch. This part gets at most half of ``most``, because certifying it takes about fifteen backward
+        passes. If memory ran out before and the size was halved, it gets up to ``most`` samples.
         """
         if self.most is None:
             return left

@@ -157,7 +157,8 @@ def _wanted(
         raise LayerSelectionError(traced.passed_over[idle[0]])
     if idle:
         raise LayerSelectionError(
-            f"Layer {_listing(idle)} never runs in the model's forward, in evaluation mode. Take it out of layers=."
+            f"In evaluation mode, the model's forward never runs {_listing(idle)}. With layers=, select only layers "
+            "that run."
         )
     return [name for name in ran if name in matched]
 

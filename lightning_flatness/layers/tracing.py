@@ -190,7 +190,7 @@ class _Tracing(TorchFunctionMode):
         self._computed: dict[int, tuple[Tensor, tuple[str, str] | None]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Tracing:
-        """Return an empty mode, so that hooks of deep copies, which a forward may make, record nothing in this mode."""
+        """Return an empty mode: if a forward deep-copies modules, the copied hooks record nothing in this mode."""
         return _Tracing({})
 
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
@@ -264,7 +264,7 @@ class _Tracing(TorchFunctionMode):
         return result
 
     def _follow(self, function: str, operands: list[Tensor], result: Any) -> None:
-        """Record a call outside ``CONVOLVING`` that applies a kernel, or computes from parameters and buffers only."""
+        """Record a call of a function outside ``CONVOLVING`` that applies a kernel or takes only weights or buffers."""
         owners = {id(one): self._owner_of(one) for one in operands}
         kernels = [one for one in operands if owners[id(one)] is not None]
         others = [one for one in operands if owners[id(one)] is None and id(one) not in self._buffers]
@@ -287,7 +287,7 @@ class _Tracing(TorchFunctionMode):
         self._add(applied)
 
     def _owner_of(self, tensor: Tensor) -> tuple[str, str] | None:
-        """Return ``(module name, parameter name)`` of the parameter that a tensor is or was computed from, or None."""
+        """Return ``(module name, parameter name)`` if a tensor is a parameter or was computed from one, else None."""
         owner = self._owners.get(id(tensor))
         return owner or self._computed.get(id(tensor), (None, None))[1]
 
@@ -310,7 +310,7 @@ class _Tracing(TorchFunctionMode):
         """Return whether a kernel that is not a parameter may be computed from one of the module's parameters.
 
         The kernel must not be a buffer; fixed filters, such as a blur, usually are buffers. It must also have as many
-        entries as a parameter, or hold one kernel for every sample while the samples are groups of channels.
+        entries as a parameter, or hold one kernel per sample, for a convolution whose groups are the samples.
         """
         per_sample = kernel.ndim > 2 and len(inputs) == 1 and inputs.shape[1] > kernel.shape[1]
         same_size = any(p.numel() == kernel.numel() for p in module.parameters())

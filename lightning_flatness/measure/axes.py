@@ -23,7 +23,7 @@ class Axes(NamedTuple):
     """The axes of a landscape: one axis for a line, two axes for a plane.
 
     ``names`` and ``units`` have one entry for each axis. ``directions`` are the normalised directions of the axes. With
-    ``update="adam"``, ``directions`` are Adam's two moments instead, also for a line.
+    ``update="adam"``, ``directions`` are Adam's two moments instead, so that a line has one name but two directions.
     """
 
     names: tuple[str, ...]

@@ -85,9 +85,10 @@ def _sizes(rows: Mapping[str, ComparedModel]) -> str:
 
 
 def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return cautions about how the numbers were measured, and about an unknown normalised measure.
+    """Return cautions if numbers are not exact, not known, of too few samples, or measured in different ways.
 
-    The first kind is about exactness, method, loss, precision, data and number of samples.
+    The number that may be unknown is normalised relative flatness. Models were measured in different ways if loss,
+    precision, data or number of samples differ, or, with numbers that are not exact, if the methods differ.
     """
     found = []
     inexact = tuple(name for name, row in rows.items() if not row.exact)

@@ -124,8 +124,8 @@ def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, 
         raise FlatnessError(f"{unused[0]}= is for models to measure, but only reports were given. Leave it out.")
     if options.get("sync"):
         raise FlatnessError(
-            "compare() runs in one process. Make reports with measure_flatness(..., sync=True) on all ranks, and "
-            "compare these."
+            "compare() runs in one process, so it does not take sync=True. Make reports with measure_flatness(..., "
+            "sync=True) on all ranks, and compare these reports."
         )
     if is_reread:
         check_rereadable(batches, "outcome= needs a second pass")
@@ -171,5 +171,7 @@ def _named(models: Models) -> dict[str, FlatnessReport | nn.Module]:
         raise FlatnessError(f"A comparison takes two models or more; {len(named)} was given.")
     for name, model in named.items():
         if not isinstance(model, (FlatnessReport, nn.Module)):
-            raise FlatnessError(f"'{name}' is a {type(model).__name__}; give models, or reports of measure_flatness.")
+            raise FlatnessError(
+                f"Model '{name}' is a {type(model).__name__}; give models, or reports of measure_flatness."
+            )
     return named

@@ -100,11 +100,11 @@ def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[s
 def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> bool:
     """Return whether all reports have per-sample values of the same samples in the same order.
 
-    Models that were measured ``together`` had the same samples. Otherwise the reports must have equal sample weights,
-    and a sample that two networks both classify correctly must have the same class in both reports. This check detects
+    With ``together``, the samples are known to be the same. Otherwise the reports must have equal sample weights, and a
+    sample that two networks both classify correctly must have the same class in both reports. This check detects
     reports whose samples differ or are in another order. It needs correctly classified samples of at least two classes;
-    without these, the result is False. Raise a :class:`FlatnessError` if models that were measured ``together`` have
-    different numbers of samples.
+    without these, the result is False. With ``together``, raise a :class:`FlatnessError` if the numbers of samples
+    differ.
     """
     if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
         return False

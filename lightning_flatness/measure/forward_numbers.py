@@ -26,7 +26,7 @@ from lightning_flatness.model.options import MeasuringOptions
 
 @dataclass(frozen=True)
 class ForwardNumbers:
-    """Means of three numbers over samples. A mean is NaN if it is not known."""
+    """The mean loss, margin and feature spread over samples. A mean is NaN if it is not known."""
 
     loss: float
     margin: float = math.nan  # the target's logit minus the largest other logit; NaN unless targets are class indices

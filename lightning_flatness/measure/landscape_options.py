@@ -97,8 +97,8 @@ def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...
     ranges = _ranges(span, num_axes, update)
     if update == "adam" and num_axes == 2 and not ranges[1][0] > 0:
         raise FlatnessError(
-            f"{span=}: with update='adam', the second coordinate multiplies the second moment under a square root, so "
-            "the second coordinate must be positive. Give a pair for every axis."
+            f"{span=}: with update='adam', the second coordinate is a factor under a square root, so it must be "
+            f"positive. Give a pair for every axis, such as [(-1, 1), {SECOND_MOMENT}]."
         )
     return tuple(_spaced(low, high, count) for (low, high), count in zip(ranges, counts, strict=True))
 

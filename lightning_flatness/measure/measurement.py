@@ -95,11 +95,12 @@ class Measurement:
     def _hold_first(
         self, inputs: Any, targets: Tensor | None, positions: Tensor, advance: Callable[[float], None] | None
     ) -> tuple[int, Mapping[str, ChannelSums]]:
-        """Certify the samples of a batch whose position is below ``FIRST_SAMPLES``, and hold them if possible.
+        """Certify the first samples of a batch, and hold these samples if possible.
 
-        ``positions`` are the indices of the batch's samples in the measured set.
+        ``positions`` are the indices of the batch's samples in the measured set. The first samples are all samples up
+        to the last one with a position below ``FIRST_SAMPLES``.
 
-        This method can hold them if every layer has a closed form, a formula that needs no second forward pass.
+        This method can hold the samples if every layer has a closed form, a formula that needs no second forward pass.
         Otherwise the caller holds the samples, and the model runs on them again later.
 
         Returns:
@@ -127,9 +128,9 @@ class Measurement:
         def measured() -> dict[str, LayerSums]:
             if not all(map(same_values, before, self._weights())):
                 raise BatchError(
-                    "The weights have changed before the first samples could be measured. If a validation loader "
-                    "has no length, weight averaging may swap the weights back before these samples are measured. "
-                    "Give the loader a length, or leave 'normalized_relative_flatness' out of measures=."
+                    "The weights have changed before the first samples could be measured. With a validation loader "
+                    "that has no length, weight averaging may swap the weights back too early. Give the loader a "
+                    "length, or leave 'normalized_relative_flatness' out of measures=."
                 )
             return measure()
 
@@ -165,8 +166,8 @@ class Measurement:
     def take_spread(self) -> None:
         """Compute the standard deviations of the input channels from the first samples of all ranks.
 
-        If they are known already, do nothing. With ``sync`` this is a collective: every rank must call it in a
-        measurement, even a rank that has no samples or has failed.
+        If they are known already, do nothing. With ``sync`` this is a collective: call it on every rank, even on a rank
+        that has no samples or has failed.
         """
         if self._deviations is None:
             self._deviations = deviations_of(self._held, self._sync)
@@ -221,7 +222,7 @@ class Measurement:
         self._held.append(Held(channels, positions, self._unless_changed(measure)))
 
     def _hold_forms(self, forms: ClosedForms, positions: Tensor | None) -> None:
-        """Hold the samples of an observed forward pass. ``forms`` has the tensors to measure them from later."""
+        """Hold the samples of an observed forward pass. They will be measured from the tensors in ``forms``."""
         positions = self._positions(forms.num_samples, positions)
         self._hold(forms.channels(), positions, partial(self.observer.sums_of, forms))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """The arguments and the precision of one call of a network, and an :class:`Answer` with the logits it returned.
+    """The arguments and the precision of one call of a network, and an :class:`Answer` with the returned logits.
 
     Example:
         >>> as_call({"x": 1}).keywords, as_call([1, 2]).arguments, as_call(1).arguments
@@ -186,7 +186,7 @@ class Overheard:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Put the original forward back inside the block, so that a compiler sees the user's own modules."""
+        """Inside the block, put the original forward back, so that a compiler sees the user's own modules."""
         self.__exit__()
         try:
             yield

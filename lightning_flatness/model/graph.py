@@ -25,9 +25,9 @@ MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSa
 def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
     """Return the operations that compute a tensor, or None if they do not show which entries influence each other.
 
-    The result is None if an operation depends on indices or weights, or is a custom ``autograd.Function``. It is also
-    None if entries may influence each other on some samples only (:func:`may_mix`). If ``samples``, the number of
-    samples in the batch, is given, the result does not depend on this number.
+    The result is None if an operation moves or mixes entries by indices or weights, or is a custom
+    ``autograd.Function``. It is also None if entries may influence each other on some samples only (:func:`may_mix`).
+    If ``samples``, the number of samples in the batch, is given, the result does not depend on this number.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)

@@ -81,8 +81,8 @@ class LossCurvature:
     def sums(self, batches: Iterable[tuple[Any, Tensor | None]], vector: Tensor | None = None) -> LossSums:
         """Return the loss and the product of the matrix with ``vector`` ``(D,)``, both summed over batches.
 
-        Without a vector, check the targets, and that two forward passes give the same logits. Compute the normalizer
-        and the number of samples instead of the product.
+        Without a vector, compute the normalizer and the number of samples instead of the product. Also check that the
+        targets fit the loss, and that two forward passes give the same logits.
         """
         loss = normalizer = 0.0
         num_samples = 0

@@ -48,9 +48,9 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
     if wrapped or any(type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") for p in parameters):
         raise LayerSelectionError(
             f"The weights of '{name or type(module).__name__}' are sharded over processes, so they cannot be measured "
-            "here. Train with strategy='ddp', or load a full checkpoint and call measure_flatness. If FSDP2 "
-            "(fully_shard) has sharded them, use FlatnessCallback, or call the function with sync=True on every rank. "
-            "Weights that FSDP1, tensor parallelism or DeepSpeed stage 3 has sharded cannot be measured at all."
+            "here. If FSDP2 (fully_shard) has sharded them, use FlatnessCallback, or call the function with sync=True "
+            "on every rank. With FSDP1, tensor parallelism or DeepSpeed stage 3, train with strategy='ddp' instead, or "
+            "load a full checkpoint and call measure_flatness."
         )
 
 

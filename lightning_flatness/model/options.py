@@ -54,5 +54,5 @@ class MeasuringOptions:
 
 
 def of_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:
-    """Create options from a function's ``locals()``. Every field gets the value of the argument with its name."""
+    """Create options from a function's ``locals()``. Every field gets the value of the argument of the same name."""
     return options(**{field.name: arguments[field.name] for field in fields(options) if field.init})

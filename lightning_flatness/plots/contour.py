@@ -263,7 +263,7 @@ def _draw_trajectory(ax: Any, result: LandscapeResult, trajectory: Any) -> list[
 
 
 def _same_points(one: LandscapeResult, other: LandscapeResult) -> bool:
-    """Return whether two landscapes are at the same points of the same directions."""
+    """Return whether two landscapes have the same axes and were computed at the same points."""
     apart = ("batch_norm", "fingerprint", "loss")  # what does not move the points, or depends on the batches, too
     settings = [name for name in SETTINGS if name not in apart]
     return (
@@ -309,7 +309,7 @@ def plot_kept_and_recomputed(
     if [result.batch_norm for result in pair] != ["kept", "recomputed"]:
         raise FlatnessError(
             "Give a landscape with batch_norm='kept' and one with 'recomputed', in this order. "
-            f"The given ones have '{kept.batch_norm}' and '{recomputed.batch_norm}'."
+            f"The given landscapes have '{kept.batch_norm}' and '{recomputed.batch_norm}'."
         )
     if not _same_points(kept, recomputed):
         raise FlatnessError(

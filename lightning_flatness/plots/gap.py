@@ -109,7 +109,7 @@ def _write_names(ax: Any, names: Sequence[str], dots: Sequence[tuple[float, floa
 
 
 def _box(dot: tuple[float, float], place: tuple[int, int, str], width: float) -> tuple[float, float, float, float]:
-    """Return the left, lower, right and upper end of a name of the given width beside a dot, all in points."""
+    """Return the bounding box (left, lower, right, upper) of a name beside a dot, in points of 1/72 inch."""
     left = dot[0] + place[0] - {"left": 0.0, "center": width / 2, "right": width}[place[2]]
     lower = dot[1] + place[1]
     return left, lower, left + width, lower + NAME_SIZE

@@ -1,6 +1,7 @@
 """Make the texts of figures: names of measures, the measured data, and whether numbers are exact.
 
-Other functions check the name of a measure, and leave out unknown numbers.
+Other functions of this module check the name of a measure, drop unknown and infinite values, and combine standard
+errors.
 """
 
 from __future__ import annotations

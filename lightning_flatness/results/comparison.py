@@ -259,7 +259,7 @@ class Comparison(Record):
         )
 
     def _unsure(self, lowest: str, tied: Sequence[str], unknown: Sequence[str]) -> str:
-        """Return the verdict if model ``lowest`` is ``tied`` with others, or its lead over others is ``unknown``."""
+        """Return the verdict if the lead of ``lowest`` over other models is not clear (``tied``) or ``unknown``."""
         text = f"{lowest} has the lowest normalised flatness"
         if tied:
             values = f"values of {named(tied)} are" if len(tied) > 1 else f"value of {named(tied)} is"
@@ -272,7 +272,7 @@ class Comparison(Record):
 
     @property
     def _has_errors(self) -> bool:
-        """Whether there are enough samples for standard errors, i.e. whether no caution is about too few samples."""
+        """Whether the samples suffice for standard errors, i.e. there is no caution about too few samples."""
         return all(caution.kind != FEW_SAMPLES for caution in self.cautions)
 
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
@@ -340,7 +340,7 @@ class Comparison(Record):
 
 
 def _standard_errors(found: Difference) -> str:
-    """Return as text how many standard errors a clear difference amounts to."""
+    """Return a clear difference in units of its standard error, as text, such as ``"3.1 standard errors"``."""
     return f"{abs(found.value) / found.error:.2g} standard errors" if found.error else "more than two standard errors"
 
 

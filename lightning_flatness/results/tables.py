@@ -58,8 +58,8 @@ class LayerInfo(Record):
         multiplications: number of multiplications per sample, without the passes through the model.
         memory: bytes of the summed block traces, the block traces of one batch, and the filters' Gram matrices.
         precision: lowest precision in which samples were measured, such as ``"bfloat16"`` under autocast.
-        precision_deviation: in half precision, the relative difference of the trace from that in float32, on a few
-            samples; else 0.
+        precision_deviation: in half precision, the relative difference of the trace from the trace in float32, on a
+            few samples; in higher precision 0.
         num_classes: number of columns of the logits; 0 if not known.
 
     Example:
@@ -121,7 +121,7 @@ def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
 def lowest_precision(infos: Sequence[LayerInfo]) -> LayerInfo:
     """Return the description with the lowest precision.
 
-    If several descriptions have it, return the one whose trace deviates most from that in float32.
+    If several have the lowest precision, return the description whose trace differs most from the trace in float32.
     """
     return min(infos, key=lambda info: (BITS[info.precision], -abs(info.precision_deviation)))
 

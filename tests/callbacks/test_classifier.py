@@ -299,7 +299,7 @@ def test_manual_optimization_is_refused_before_it_starts(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": -1}, "strength=-1 must be a number, zero or more. maximize=True trains away"),
+        ({"strength": -1}, "strength=-1 must be a finite number, at least 0. To avoid flat minima"),
         ({"strength": float("inf")}, "strength=inf"),
         ({"strength": True}, "strength=True"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be a whole number"),

@@ -134,11 +134,11 @@ COMMANDS = {
     "several files": ("small.ckpt wide.ckpt", 1, ["measure takes one checkpoint, and 2", "compare takes several"]),
     "data of a function": (
         f"small.ckpt {PROJECT}.Net --data tests.cli.project.pairs", 1,
-        ["--data: tuple is no LightningDataModule", "the class of one, or a function that returns one"],
+        ["--data: tuple is no LightningDataModule", "a LightningDataModule class, or of a function that returns"],
     ),
     "no such targets": (
         f"small.ckpt {PROJECT}.Net {IMAGES} --targets label", 2,
-        ["--targets label: there is no such tensor in a batch, which is a list of length 2"],
+        ["--targets label: a batch has no tensor with this key", "position. The batch is a list of length 2"],
     ),
     "more than inputs": (
         f"small.ckpt {PROJECT}.Net {PROJECT.replace('model', 'data')}.Three --targets label --inputs batch", 2,

@@ -148,7 +148,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _validating(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """In the block, ``trainer.validating`` is True, and all modules are in evaluation mode; then restore both."""
+    """Set ``trainer.validating`` to True and put all modules into evaluation mode; after the block, restore both."""
     stage, in_training = trainer.state.stage, [module for module in pl_module.modules() if module.training]
     try:
         trainer.validating = True

@@ -37,9 +37,9 @@ MOST_PASSES, MOST_SAMPLES = 10, 1_000_000
 def samples_read(loader: Any, num_batches: float = math.inf, num_ranks: int = 1) -> Tensor:
     """Return the sorted indices of all samples that a loader reads when every rank runs ``num_batches`` batches.
 
-    If the sampler shuffles, return all samples that it can yield, because each epoch begins with other samples. If the
-    sampler's class is unknown, find the samples by drawing a few epochs from a copy of the sampler. With several ranks,
-    this drawing is a collective.
+    If the sampler shuffles, return all samples that it can yield, because the first ``num_batches`` batches have other
+    samples in every epoch. If the sampler's class is unknown, find the samples by drawing a few epochs from a copy of
+    the sampler. With several ranks, this drawing is a collective.
     """
     sampler = sampler_of(loader)
     if not keeps_order(loader):

@@ -130,8 +130,8 @@ class Asked:
     def refuse_doubtful(self, call: Call) -> None:
         """Raise a :class:`BatchError` if it is not certain which tensor of the batch has the targets.
 
-        It is certain if ``call`` gives the network every tensor that may be the targets instead of :attr:`targets`. It
-        is also certain if ``call`` gives the network as many tensors as the batch has besides :attr:`targets`.
+        It is certain in two cases. Either ``call`` gives the network every other tensor that may have the targets. Or
+        ``call`` gives the network as many tensors as the batch has besides :attr:`targets`.
         """
         given = [tensor for tensor in tensors_of(call) if not equal_inputs(tensor, self.targets)] if self.rivals else []
         if len(given) < self.num_others and not all(_is_among(rival, given) for rival in self.rivals):
@@ -157,7 +157,7 @@ def _is_empty(batch: Any) -> bool:
 
 
 class ValidationBatches:
-    """The validated batches as a source of samples, without those that a ``DistributedSampler`` repeats.
+    """The validated batches as a source of samples. Samples that a ``DistributedSampler`` repeats are left out.
 
     Args:
         trainer: the Trainer that validates.
@@ -166,8 +166,8 @@ class ValidationBatches:
         num_batches: the number of batches that Lightning validates; infinite if unknown.
 
     Attributes:
-        why_not_observed: reason why the measurement needs extra forward passes instead of those of the validation
-            steps, or an empty string. The reason is ``max_samples=``, with which only parts of batches are measured.
+        why_not_observed: reason why extra forward passes must be made, or an empty string if those of the validation
+            steps can be used. With ``max_samples=`` they cannot, because only parts of batches are measured.
     """
 
     def __init__(self, trainer: Trainer, wanted: Wanted, loader: Any | None, num_batches: float) -> None:
@@ -280,10 +280,10 @@ def sources_of(
 
 
 def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) -> Samples | None:
-    """Before training begins, read one batch of the data to measure, without changing the user's loader.
+    """Read one batch of the data to measure, before training begins and without changing the user's loader.
 
-    Return None if this rank has no samples, if Lightning has not set up validation yet, or if no batch can be read
-    without iterating over the loader.
+    Return its inputs and targets. Return None if this rank has no samples, if Lightning has not set up validation yet,
+    or if no batch can be read without iterating over the loader.
     """
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return next(SeparateData(trainer, pl_module, wanted).rest(), None)

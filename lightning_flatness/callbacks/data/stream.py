@@ -101,7 +101,7 @@ class ValidationStream:
 
 
 class _Shard:
-    """The part of a :class:`ValidationStream` that comes from one loader, over all ranks.
+    """The samples of a :class:`ValidationStream` over all ranks: their number, their positions and their classes.
 
     Attributes:
         length: number of different samples, 0 if unknown.

@@ -43,8 +43,8 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
     features, output = recorded.features[0] if len(recorded.features) == 1 else None, recorded.classifier_output
     if not isinstance(features, Tensor) or output is None:
         raise NotClosedFormError(
-            "the closed form needs a classifier that is called once, with a single tensor (number of calls of this "
-            f"one: {len(recorded.features)})."
+            "the closed form needs a classifier that is called once, with a single tensor. Calls of this classifier: "
+            f"{len(recorded.features)}."
         )
     if features.ndim < 2 or (features.ndim > 2 and set(features.shape[2:]) != {1}):
         raise NotClosedFormError(
@@ -108,9 +108,9 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
     Each logit is compared with the same entry of the classifier's output. The difference is divided by the larger of
     the two absolute values. Return the largest quotient.
 
-    With ``shift_invariant``, the model may have added a number to all logits of a sample. This number is taken from the
-    likeliest class, and subtracted from all differences. Every divisor is then increased by the larger absolute value
-    at the likeliest class.
+    With ``shift_invariant``, the model may have added a number to all logits of a sample. The difference at the
+    likeliest class is taken as this number, and subtracted from all differences. Every divisor is then increased by the
+    divisor of the likeliest class.
     """
     if logits.shape != output.shape:
         raise NotClosedFormError(

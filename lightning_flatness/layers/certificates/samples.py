@@ -88,8 +88,9 @@ def certify_rows(logits: Tensor, rows: int) -> None:
         returned = f"{len(logits)} row{'s' * (len(logits) != 1)}"
         given = f"{rows} samples" if rows > 1 else "1 sample, which is duplicated for measuring"
         raise BatchError(
-            f"The model returns {returned} of logits for {given}. Samples are counted by the targets, or by "
-            "the longest input if there are no targets or the only input is one tensor. If a sample gives several rows "
-            "(crops, two views), give as many targets as rows, in a callback by batch_fn=. If the longest input is a "
-            "table that all samples share, give targets, or leave the table out of the inputs."
+            f"The model returns {returned} of logits for {given}. The number of samples is the length of the targets. "
+            "Without targets, or if the inputs are a single tensor, it is the length of the longest input. If a sample "
+            "gives several rows (crops, two views), give as many targets as rows, in a callback by batch_fn=. A single "
+            "input tensor must then have that length, too. If the longest input is a table that all samples share, "
+            "give targets, or leave the table out of the inputs."
         )

@@ -70,8 +70,8 @@ def certify_tail(
     Args:
         node: the layer's output ``z``, ``(N, S, *output)``.
         head: the certified head, whose ``features`` are ``g``.
-        logits: the logits with their autograd graph, or None. If given, the tail and the head, which is the map from
-            ``g`` to the logits, are also certified together.
+        logits: the logits with their autograd graph, or None. If given, the whole map from the layer's output to the
+            logits (tail and head together) is certified, too.
         known: the tail that earlier batches have certified, or None.
 
     Raises:
@@ -104,9 +104,9 @@ def certify_tail(
 def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDerivatives, Known[Tail]]:
     """Return the derivatives of a tail that runs in half precision.
 
-    Rounding errors of half precision would hide what :func:`certify_tail` tests. So that test has run in float32, and
-    its result is ``known``, at first without a fingerprint. The first pass in half precision sets the fingerprint to
-    the list of its operations. Every later pass must have the same operations.
+    Rounding errors of half precision would hide what :func:`certify_tail` tests. So ``known`` was certified in float32,
+    and has no fingerprint at first. The first pass in half precision sets the fingerprint to the list of the tail's
+    operations. In every later pass, the tail must have the same operations.
 
     Raises:
         NotClosedFormError: the operations differ or cannot be compared, or channels mix.
