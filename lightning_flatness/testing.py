@@ -115,8 +115,8 @@ def assert_matches_oracle(
     The check makes one backward pass for every weight of the filters, so choose a small layer or a few ``filters``.
 
     Args:
-        model: any model that ``measure_flatness`` accepts. The check works on a copy of the model, in which the value
-            of a parametrised weight replaces the parametrisation.
+        model: any model that ``measure_flatness`` accepts. The check works on a copy of the model. There, a plain
+            parameter with the same value replaces a parametrised weight.
         batch: a pair of inputs and targets; the inputs must be one tensor, of floating-point numbers or token ids.
         layer: name of the layer; ``""`` if the model itself is the layer.
         filters: indices of filters. If they are given, the check compares only the block traces of these filters, and
@@ -127,8 +127,8 @@ def assert_matches_oracle(
         **options: options of ``measure_flatness``, such as ``loss``.
 
     Raises:
-        AssertionError: the numbers differ. The error is also raised for a layer that cannot be checked, because it
-            computes its kernel from its weight without a parametrisation.
+        AssertionError: the numbers differ. The error is also raised for a layer that computes its kernel from its
+            weight without a parametrisation; such a layer cannot be checked.
 
     Example:
         >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
@@ -153,8 +153,8 @@ def assert_matches_oracle(
         remove_parametrizations(module, "weight", leave_parametrized=True)
     elif measured.info.kernel == "effective":
         raise AssertionError(
-            f"Layer '{layer}' ({type(module).__name__}) computes the kernel it applies, but this check differentiates "
-            "with respect to the weight. Check a plain convolution with that kernel instead."
+            f"Layer '{layer}' ({type(module).__name__}) computes its kernel from its weight, but this check can "
+            "differentiate only with respect to the weight. Check a plain convolution with the same kernel instead."
         )
     expected = oracle_block_traces(model, (inputs, targets), layer, filters, loss_function)
     groups, per_group, _ = measured.block_traces.shape

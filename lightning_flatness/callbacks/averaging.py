@@ -67,8 +67,8 @@ def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> 
     """Make Lightning call ``callback.on_train_end`` a second time, after all other callbacks that override this hook.
 
     Call this function in ``callback.on_train_end``. It returns True if Lightning will call the hook again. It returns
-    False in the second call of the hook, or if no other callback with this hook comes after ``callback``. Checkpoints,
-    and callbacks of the class ``own``, do not count as other callbacks.
+    False in the second call of the hook, or if no other callback with this hook comes after ``callback``. Checkpoint
+    callbacks, and callbacks of the class ``own``, are ignored.
     """
     # Lightning iterates over this list while it calls the hook, so an entry that is inserted now is called, too.
     callbacks = callbacks_of(trainer)

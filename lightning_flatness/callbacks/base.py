@@ -45,8 +45,8 @@ Record = dict[str, Any]
 class MeasuringCallback(Callback):
     """Base class of the callbacks that measure a network while it trains.
 
-    A subclass passes two names. ``name`` is the name of the callback in messages and in its state key. ``measured`` is
-    the name of the measured quantity in messages. The subclass documents the other arguments.
+    A subclass gives the constructor two names. ``name`` is the name of the callback in messages and in its state key.
+    ``measured`` is the name of the measured quantity in messages. The subclass documents the other arguments.
     """
 
     gives_way = False  # whether this callback removes itself if another callback has the same prefix
@@ -160,7 +160,7 @@ class MeasuringCallback(Callback):
     ) -> None:
         """Record the calls of modules in the first validation step of a run, to find the network and its inputs.
 
-        Record them again if another module is in the network's place now.
+        Record them again if the network's module has been replaced since.
         """
         if self._errors.pending:
             return
@@ -182,7 +182,7 @@ class MeasuringCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Find out which of the modules that the validation step has called is the network."""
+        """Find the network among the modules that the validation step has called."""
         if self._asked is not None and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._find_network(pl_module)
@@ -192,14 +192,14 @@ class MeasuringCallback(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def _append(self, record: Record) -> None:
-        """Add a record to the history. Warn if it is of another measurement than the record before it."""
+        """Add a record to the history. Warn if its numbers cannot be compared with those of the record before it."""
         if self.history:
             resumed = len(self.history) == self._num_restored
             warn_of_mixed(self._name, self.prefix, record, self.history[-1], resumed)
         self.history.append(record)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """In a fit without validation, record the calls of modules in the first training step that calls some."""
+        """In a fit without validation, record the calls of modules in training steps until the network is known."""
         needs_step = self._data_name != "val" and not trainer.enable_validation
         if needs_step and self._network is None and not self._errors.pending:
             with self._measuring(trainer, pl_module), self._training_step(pl_module):
@@ -213,7 +213,7 @@ class MeasuringCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Find out which of the modules that the training step has called is the network."""
+        """Find the network among the modules that the training step has called."""
         if self._asked is not None and not self._errors.pending:
             with self._measuring(trainer, pl_module), self._training_step(pl_module):
                 self._find_network(pl_module)
@@ -221,7 +221,7 @@ class MeasuringCallback(Callback):
 
     @contextmanager
     def _training_step(self, pl_module: LightningModule) -> Iterator[None]:
-        """If the ``with`` block raises an error, warn and measure as if no training step had been seen."""
+        """Turn an error of the ``with`` block into a warning, if a network to measure can be found all the same."""
         try:
             yield
         except Exception as error:
@@ -244,14 +244,14 @@ class MeasuringCallback(Callback):
         self._watch = self._asked = None
 
     def _find_network(self, pl_module: LightningModule) -> Call | None:
-        """Find out which of the modules that the step has called is the network. Return its call.
+        """Find the network among the modules that the step has called, and return the call to measure.
 
-        Return None if no recorded call can be measured. If the step calls nothing in the sanity check or in training,
-        or because the batch is empty, the network stays unknown.
+        Return None if no recorded call can be measured. If no call was recorded at all, a later step may still call the
+        network. So in the sanity check, in training and with an empty batch, the network stays unknown for now.
 
-        If :attr:`_follows_steps` and ``batch_fn=`` gives no inputs, the inputs of the returned call are measured.
-        Otherwise the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step gives to the
-        network. Warn if inputs from ``batch_fn=`` differ. Raise an error if inputs from the batch differ.
+        If :attr:`_follows_steps` is True and ``batch_fn=`` gives no inputs, the inputs of the returned call are
+        measured. Otherwise the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step
+        gives to the network. Warn if inputs from ``batch_fn=`` differ. Raise an error if inputs from the batch differ.
         """
         watch, asked = self._watch, self._asked
         assert asked is not None
@@ -291,7 +291,7 @@ class MeasuringCallback(Callback):
         return Within(network.module, network.prefix) if network.prefix else network.module
 
     def _network_of(self, pl_module: LightningModule) -> Network:
-        """Return the network that is in its place now."""
+        """Return the network with its present module, because the module may have been replaced."""
         return network_in_place(self._network, pl_module, self.model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -325,7 +325,7 @@ class MeasuringCallback(Callback):
 
     @property
     def _follows_steps(self) -> bool:
-        """Whether the callback measures the validated batches, whose inputs the validation steps show."""
+        """Whether the callback measures the validated batches, with the inputs that their steps give the network."""
         return self._data_name == "val"
 
     @property

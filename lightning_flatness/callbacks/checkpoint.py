@@ -77,9 +77,9 @@ class FlatCheckpoint(ModelCheckpoint):
     and the flattest checkpoint stay. Of the other checkpoints, those that differ most in flatness stay. The final
     ``best_model_path`` may then be less flat than a checkpoint that was deleted earlier.
 
-    A validation counts if accuracy and flatness were measured at the same step, and both are finite. So if flatness is
-    measured only in every n-th epoch, the other epochs do not count. With several ranks, the callback uses the means of
-    accuracy and flatness over the ranks.
+    The callback uses a validation only if accuracy and flatness were measured at the same step, and both are finite. So
+    if flatness is measured only in every n-th epoch, the other epochs are ignored. With several ranks, the callback
+    uses the means of accuracy and flatness over the ranks.
 
     Args:
         monitor: key of the accuracy, or of another metric such as a loss.
@@ -94,8 +94,8 @@ class FlatCheckpoint(ModelCheckpoint):
         save_last: also keep a copy of the latest checkpoint, as ``last.ckpt``.
         save_weights_only: save the weights, and no states of optimizers and callbacks.
         auto_insert_metric_name: put the names of metrics into the file name; use False if the names contain a slash.
-        every_n_epochs: number of epochs from one check to the next.
-        save_on_train_epoch_end: check at the end of training epochs rather than after validation.
+        every_n_epochs: number of epochs from one possible save to the next.
+        save_on_train_epoch_end: save at the end of training epochs rather than after validation.
 
     Attributes:
         best_model_path: path of the flattest checkpoint near the best accuracy, e.g. for
@@ -192,7 +192,7 @@ class FlatCheckpoint(ModelCheckpoint):
         self._before_validation = set(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the keys and the step of the validation. Then check the network, as ``ModelCheckpoint`` does."""
+        """Remember the keys and the step of the validation. Then save a checkpoint if it is due and worth keeping."""
         self._of_validation |= set(trainer.callback_metrics) - self._before_validation
         if not trainer.sanity_checking:
             self._validated_at = trainer.global_step
@@ -208,8 +208,9 @@ class FlatCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if not self._candidates and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(
-                f"FlatCheckpoint has kept no checkpoint, because '{self.monitor}' and '{self.flatness}' were never "
-                "both finite and measured at the same step."
+                f"FlatCheckpoint has kept no checkpoint, because none was due at a step where '{self.monitor}' and "
+                f"'{self.flatness}' were both measured and finite. If one of them is measured less often, measure both "
+                "in the same validations."
             )
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -251,10 +252,10 @@ class FlatCheckpoint(ModelCheckpoint):
             self.best_model_score = self.best_k_models[self.best_model_path]
 
     def _is_measured_now(self, trainer: Trainer, key: str) -> bool:
-        """Return whether the validations or the callbacks that log this key have measured the present weights.
+        """Return whether the logged value of ``key`` was measured at the present step.
 
-        A logged value alone does not show this, because Lightning keeps the values of earlier steps. Return True if
-        neither a validation nor a callback of this package logs the key.
+        It may also be of an earlier step, because Lightning keeps logged values. Return True if neither a validation
+        nor a callback of this package logs the key.
         """
         if key in self._of_validation and self._validated_at != trainer.global_step:
             return False

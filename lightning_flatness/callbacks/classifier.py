@@ -97,8 +97,8 @@ def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Modul
     if plain_name(layers) not in named:
         there = ", ".join(f"'{name}'" for name in list(named)[-5:]) or "none"
         raise FlatnessError(
-            f"FlatnessPenalty: layers={layers!r} names no linear layer or convolution of {type(pl_module).__name__}; "
-            f"the last ones are {there}."
+            f"FlatnessPenalty: layers={layers!r} names no linear layer or convolution of {type(pl_module).__name__}. "
+            f"Its last such layers are: {there}."
         )
     return {plain_name(layers): named[plain_name(layers)]}
 
@@ -134,28 +134,29 @@ def find_classifier(calls: Sequence[StepCall], layers: dict[str, nn.Module], why
     if found:
         raise FlatnessError(
             f"FlatnessPenalty: the loss takes logits of several layers, {' and '.join(map(repr, reversed(found)))}. "
-            f"Name one of them with layers=, e.g. layers={found[0]!r}. For another of these layers, add a second "
+            f"Name one of them with layers=, e.g. layers={found[0]!r}. To penalise another of them, too, add a second "
             "FlatnessPenalty with its own prefix= and check_loss=False."
         )
     if not reasons:
         raise FlatnessError(
             "FlatnessPenalty finds no classifier. The training step must call an nn.Linear of the LightningModule, or "
-            "a convolution on pooled features, as a module and with gradients. The output must have shape (samples, "
-            "classes). "
+            "a convolution on pooled features, with gradients. Functional calls such as F.linear are not seen. The "
+            "output must have shape (samples, classes). "
             f"{BY_HAND}"
         )
     raise FlatnessError(
-        f"FlatnessPenalty finds no classifier. {'; '.join(reasons[:3])}. Give options of your cross-entropy to the "
-        "callback, too: label_smoothing=, class_weight= and ignore_index=. If the callback does not find the targets, "
-        "give batch_fn=. check_loss=False penalises the flatness of cross-entropy whatever the loss is, e.g. if the "
-        f"loss has other terms that depend on the logits. {BY_HAND}"
+        f"FlatnessPenalty finds no classifier. {'; '.join(reasons[:3])}. If your cross-entropy has options, give them "
+        "to the callback, too: label_smoothing=, class_weight= and ignore_index=. If the callback does not find the "
+        "targets, give batch_fn=. If the loss is another function of the logits, or has other terms that depend on "
+        f"them, check_loss=False penalises the flatness of cross-entropy all the same. {BY_HAND}"
     )
 
 
 def why_not_finite(calls: Sequence[StepCall], loss: Tensor) -> str:
-    """Return the message that a tensor of the first training step is not finite, or an empty string if all are finite.
+    """Return an error message if a tensor of the first training step is not finite, otherwise an empty string.
 
-    Then no layer can be shown to be the classifier. The message names the first such tensor, or else the loss.
+    With such a tensor, no layer can be shown to be the classifier. The message names the first such tensor. The loss is
+    checked last.
     """
     named = [
         (f"the {what} of '{call.name}' is not finite", tensor)

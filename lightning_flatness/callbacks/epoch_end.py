@@ -81,13 +81,13 @@ class EpochEndCallback(MeasuringCallback):
 
     @abstractmethod
     def _accept(self) -> None:
-        """Make the stored result the latest result. All ranks have measured it, and its record is in the history."""
+        """Make the stored result public, e.g. as ``result``. All ranks call this after its record is in the history."""
 
     @abstractmethod
     def _write(self, stem: Path) -> list[Path]:
         """Write the stored result to files whose paths start with ``stem``, and return the paths.
 
-        Only rank zero calls this. If an error has ended the measurement, the stored result is what was computed before.
+        Only rank zero calls this. After an error in the measurement, the stored result is what was computed until then.
         """
 
     @abstractmethod
@@ -164,7 +164,10 @@ class EpochEndCallback(MeasuringCallback):
         is_done = bool(self.history) and self.history[-1]["step"] == trainer.global_step
         is_done = is_done and not any(gather(self._have_changed(pl_module), sync=True))
         if not self._has_data(trainer):
-            rank_zero_warn(f"{self._name}(data='val') has measured nothing, because this fit had no validation.")
+            rank_zero_warn(
+                f"{self._name}(data='val') has measured nothing, because this fit had no validation. To measure "
+                "without validation, use data='train' or data of your own."
+            )
         elif not is_done:
             self._measured = None  # of earlier weights
             if self._is_ready(final=True):
@@ -194,8 +197,8 @@ class EpochEndCallback(MeasuringCallback):
         if is_late or is_called_again(trainer, self):
             rank_zero_warn(
                 f"The final result of {self._name} does not belong to the final weights, because the weights have "
-                "changed after the measurement. A callback that changes weights must do this in on_train_end. List "
-                f"{self._name} after that callback."
+                "changed after the measurement. If another callback changes them, let it do this in on_train_end, and "
+                f"list {self._name} after it."
             )
 
     def _have_changed(self, pl_module: LightningModule) -> bool:
@@ -234,7 +237,7 @@ class EpochEndCallback(MeasuringCallback):
             raise KeyboardInterrupt  # end the training as well
 
     def _is_settled(self, pl_module: LightningModule, where: str, final: bool) -> bool:
-        """Return True if no rank has failed to measure. Otherwise raise an error, or warn and log NaN."""
+        """Return True if all ranks have succeeded so far. Otherwise raise an error, or warn and log NaN."""
         if self._errors.settle(where):
             return True
         if self.history and not final:

@@ -131,8 +131,8 @@ class RunOutputs:
             self._tell_once(
                 type(logger).__name__,
                 f"could not give {type(logger).__name__} the {kind} '{item.tag}'. It is in a folder of the run "
-                f"instead, and training goes on. The error: {in_one_line(error)}. With figures='files', loggers get no "
-                "figures.",
+                f"instead, and training goes on. The error: {in_one_line(error)}. To give loggers no figures, use "
+                "figures='files'.",
             )
             return False
         return add is not None

@@ -60,8 +60,8 @@ class FlatnessCallback(FlatnessHistory):
             The network is in evaluation mode. The papers define flatness on the training loss.
         every_n_epochs: number of epochs from one measurement to the next. The first validation is always measured.
         max_samples: number of samples of a fixed random subset, over all ranks. The subset is stratified by class if
-            the data set has ``targets`` or ``labels``. The default is all samples, or 4,096 of the training data. With
-            ``batch_size=None``, it is a number of batches of training data or of your own ``DataLoader``.
+            the data set has ``targets`` or ``labels``. The default is all samples, or 4,096 of the training data.
+            If the training ``DataLoader`` or your own has ``batch_size=None``, this is a number of batches.
         prefix: prefix of the logged keys. Several callbacks in one Trainer need different prefixes.
         accuracy: key of the logged accuracy to plot with flatness; by default the first logged key that contains
             ``acc`` and ``val``, or else the first that contains ``acc``.
@@ -253,10 +253,10 @@ class FlatnessCallback(FlatnessHistory):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Measure the validated batch, or the next part of other data.
+        """Measure the validated batch, or the next part of the training data or of the user's own data.
 
-        The end of the validation epoch is too late, because weight averaging swaps the weights back there. In a sanity
-        check, only find out how each layer can be measured.
+        Do not wait for the end of the validation epoch: there, Lightning's ``WeightAveraging`` puts the weights of the
+        training back. In a sanity check, only find out how each layer can be measured.
         """
         if (self._running or self._asked) and not self._errors.pending:
             with self._measuring(trainer, pl_module):

@@ -14,7 +14,7 @@ from lightning_flatness.results import FlatnessReport
 
 
 class FlatnessHistory(MeasuringCallback):
-    """Base class of the callback that measures flatness.
+    """Base class of FlatnessCallback, which keeps the history, adds accuracies to it, and draws it.
 
     ``accuracy`` is the key of the logged accuracy. ``measure`` names the measure that charts show. ``arguments`` are
     those of :class:`MeasuringCallback`.
@@ -55,7 +55,7 @@ class FlatnessHistory(MeasuringCallback):
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def _is_settled(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Return True if no rank has failed to measure. Otherwise raise an error, or warn and log NaN."""
+        """Return True if all ranks have succeeded so far. Otherwise raise an error, or warn and log NaN."""
         if self._errors.settle(where(trainer)):
             return True
         if trainer.state.fn == "fit" and self.history:

@@ -67,7 +67,7 @@ def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, Any]
 
 
 def values_of_loaders(reports: Mapping[int, FlatnessReport], measures: Sequence[str]) -> dict[str, Any]:
-    """Return the values of several validation loaders. Keys of all but the first end with the loader's index."""
+    """Return the values of several validation loaders. From the second loader on, keys end with the loader's index."""
     return {
         f"{key}/dataloader_idx_{loader}" if loader else key: value
         for loader, report in reports.items()
@@ -104,10 +104,11 @@ def print_summary(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str], 
 def warn_of_inexact(
     infos: Mapping[int, Iterable[LayerInfo]], told: Set[tuple[int, str]], prefix: str
 ) -> frozenset[tuple[int, str]]:
-    """Warn of layers whose numbers are not exact. ``infos`` has those of every validation loader, by its index.
+    """Warn of layers whose numbers are not exact, and return all layers that a warning has named so far.
 
-    Layers in ``told`` get no second warning, and layers of the first loader get none for further loaders. Return the
-    loaders and names of all layers that a warning has named so far, including those in ``told``.
+    ``infos`` maps the index of a validation loader to its measured layers. ``told`` has the layers that earlier
+    warnings have named; these get no second warning. ``told`` and the returned set have pairs of a loader's index and a
+    layer's name. A layer that was named for the first loader is not named again for further loaders.
     """
     new: set[tuple[int, str]] = set()
     names: dict[tuple[str, str], list[str]] = {}
@@ -130,10 +131,11 @@ def warn_of_inexact(
 
 
 def warn_of_mixed(name: str, prefix: str, record: Mapping[str, Any], earlier: Mapping[str, Any], resumed: bool) -> None:
-    """Warn if a record of a history says that something else was measured than in the record before it.
+    """Warn if the numbers of a record cannot be compared with those of ``earlier``, the record before it.
 
-    The number of samples may vary from one validation to the next, and the hash of a loss that counts its calls does.
-    So both count only if the run was ``resumed`` in between.
+    ``resumed`` says whether a run was resumed from a checkpoint after ``earlier``. Only then are the number of samples
+    and the hash in ``loss_name`` compared. Within a run, the number of samples may vary, and so does the hash if the
+    loss counts its calls.
     """
 
     def measured(value: Any) -> Any:
@@ -147,9 +149,9 @@ def warn_of_mixed(name: str, prefix: str, record: Mapping[str, Any], earlier: Ma
     ]
     if changes:
         rank_zero_warn(
-            f"{name}: from epoch {record['epoch']} on, the history under '{prefix}' has another measurement: "
-            f"{'; '.join(changes)}. The numbers before and after cannot be compared. To begin a history of its own, "
-            "give another prefix=."
+            f"{name}: the measurement under '{prefix}' has changed from epoch {record['epoch']} on: "
+            f"{'; '.join(changes)}. The numbers before and after cannot be compared. To begin a new history, give "
+            "another prefix=."
         )
 
 

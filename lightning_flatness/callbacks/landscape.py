@@ -317,7 +317,8 @@ def _adam(trainer: Trainer, network: nn.Module) -> list[torch.optim.Optimizer]:
     if not fitting:
         names = _names(trainer.optimizers) or "none"
         raise FlatnessError(
-            f"LandscapeCallback: axes='adam': no optimizer of the Trainer ({names}) has parameters of this network."
+            f"LandscapeCallback: axes='adam': no optimizer of the Trainer ({names}) has parameters of this network. "
+            "Use axes='random', 'hessian' or 'trajectory', or use model= to name a network that an optimizer trains."
         )
     with_moments = [one for one in fitting if "betas" in one.defaults and not isinstance(one, torch.optim.Adamax)]
     if not with_moments:

@@ -32,8 +32,8 @@ def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
     """Return the key under which loggers have the accuracy that the LightningModule logs as ``name``.
 
     Without a name, use the first key that contains ``acc`` and ``val``, or else the first that contains ``acc``. If
-    there is also a key that adds ``_epoch`` to this key, return that one. Return None if there is neither a name nor a
-    key that contains ``acc``.
+    this key with ``_epoch`` at its end exists, too, return the key with ``_epoch``. Return None if there is neither a
+    name nor a key that contains ``acc``.
 
     Example:
         >>> accuracy_key({"train_acc": 0, "val_acc": 0, "val_acc_epoch": 0}, None)
@@ -113,7 +113,7 @@ def log_again(
 def log_failure(pl_module: LightningModule, prefix: str, earlier: Mapping[str, float]) -> None:
     """Log NaN, and 0 as ``exact``, under the keys of ``earlier`` values, because a measurement has failed.
 
-    Otherwise callbacks that monitor one of these keys would take the earlier number for that of the present weights.
+    Otherwise callbacks that monitor one of these keys would read the number of earlier weights.
     """
     names = {key: key.partition("/dataloader_idx_")[0].rpartition("/")[2] for key in earlier}
     log(pl_module, prefix, {key: 0.0 if name == "exact" else math.nan for key, name in names.items()})

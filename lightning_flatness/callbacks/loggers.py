@@ -70,8 +70,9 @@ def interface_of(logger: Any) -> Interface:
 def logged_step(trainer: Trainer) -> int:
     """Return the step number under which Lightning logs scalars now.
 
-    It is the number of batches whose optimizer steps are done, less one. ``trainer.global_step`` counts the steps of
-    several optimizers one by one. Lightning counts a batch only after the validation that follows it.
+    It is the number of batches with an optimizer step, less one. ``trainer.global_step`` would count the steps of
+    several optimizers one by one. During validation, Lightning has not counted the latest batch yet, so nothing is
+    subtracted.
     """
     # Lightning has no public name for the number of batches.
     steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped

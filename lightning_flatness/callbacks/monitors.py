@@ -39,7 +39,7 @@ def warn_of_traps(trainer: Trainer, prefix: str, on_error: str) -> None:
     """Warn if a callback of Lightning monitors flatness from the first epoch on, or in the wrong direction.
 
     With ``on_error="warn"``, also warn if an ``EarlyStopping`` stops training at the NaN of a failed measurement. Only
-    keys with this ``prefix`` count. Subclasses of Lightning's callbacks do not count, because they may begin later.
+    keys with this ``prefix`` are checked. Subclasses of Lightning's callbacks are not, because they may begin later.
     """
     for callback in callbacks_of(trainer):
         kind, key = type(callback), str(getattr(callback, "monitor", None))
@@ -50,7 +50,7 @@ def warn_of_traps(trainer: Trainer, prefix: str, on_error: str) -> None:
         if on_error == "warn" and kind.__name__ == "EarlyStopping" and callback.check_finite:
             rank_zero_warn(
                 f"EarlyStopping(monitor='{key}') stops training after a failed measurement, which logs NaN with "
-                "on_error='warn'. Use check_finite=False."
+                "on_error='warn'. To go on training, use check_finite=False."
             )
         if measure not in FLAT_IF_SMALL:
             continue
@@ -63,7 +63,7 @@ def warn_of_traps(trainer: Trainer, prefix: str, on_error: str) -> None:
         elif _begins_at_once(callback):
             rank_zero_warn(
                 f"{kind.__name__}(monitor='{key}') {what}: a network that has not learnt anything is flat, and the "
-                f"number rises at first. Use {remedy}, or a subclass that begins at a later epoch."
+                f"number rises at first. Use {remedy}, or a subclass of {kind.__name__} that begins at a later epoch."
             )
 
 

@@ -61,10 +61,13 @@ class Within(nn.Module):
 
 
 def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network | None:
-    """Return the network that ``model`` names or returns, or None if ``model`` is None.
+    """Return the network that ``model`` selects, or None if ``model`` is None.
+
+    ``model`` is the name of an attribute of the LightningModule, or a function that takes the LightningModule and
+    returns the network.
 
     Raises:
-        FlatnessError: ``model`` is a module, or ``model`` names or returns something that is not a module.
+        FlatnessError: ``model`` is a module itself, or does not lead to a module.
     """
     if model is None:
         return None
@@ -91,15 +94,15 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
 def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
     """Return the network that ``model`` names, or the LightningModule if ``model`` is None.
 
-    Use this function if no step has shown which network it calls.
+    Use this function if no training or validation step was seen to call a network.
     """
     named = named_network(pl_module, model)
     if named is None and not is_overridden("forward", pl_module) and "forward" not in vars(pl_module):
         children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
         raise FlatnessError(
-            f"{type(pl_module).__name__} has no forward(), and no step has shown which network it calls. "
-            "Use model=... to name the attribute that is the network. The LightningModule has these submodules: "
-            f"{children}."
+            f"{type(pl_module).__name__} has no forward(), and no training or validation step was seen to call a "
+            "network. Use model=... to name the attribute that is the network. The LightningModule has these "
+            f"submodules: {children}."
         )
     return replace(named or Network(pl_module), is_called=False)
 
@@ -107,9 +110,10 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
 def present_network(
     network: Network, pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None
 ) -> Network | None:
-    """Return the network that is in the place of ``network`` now, because another callback may replace the module.
+    """Return ``network`` with its present module, because another callback may have replaced the module.
 
-    Return ``network`` itself if the module is the same, and None if its place is empty.
+    Return ``network`` itself if the module is the same, and None if the LightningModule no longer has a module of this
+    name.
     """
     named = named_network(pl_module, model)
     try:
@@ -122,17 +126,17 @@ def present_network(
 def network_in_place(
     network: Network | None, pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None
 ) -> Network:
-    """Return the network that is in the place of ``network`` now, or the network without a step if it is None.
+    """Return ``network`` with its present module, or call :func:`network_without_step` if ``network`` is None.
 
     Raises:
-        FlatnessError: The place is empty, or :func:`network_without_step` finds no network.
+        FlatnessError: The LightningModule no longer has a module of this name, or no network is found.
     """
     if network is None:
         return network_without_step(pl_module, model)
     now = present_network(network, pl_module, model)
     if now is None:
         raise FlatnessError(
-            f"{type(pl_module).__name__} has no '{network.prefix}' any more, which was the network in an earlier step. "
-            "Use model=... to name the network that takes its place."
+            f"{type(pl_module).__name__} no longer has the module '{network.prefix}', which was the network in an "
+            "earlier step. Use model=... to name the network that replaces it."
         )
     return now

@@ -69,8 +69,9 @@ class FlatnessPenalty(Callback):
 
     The classifier is the linear layer whose output is the logits of the loss. The callback finds this layer in the
     first step of a fit. In that step, the callback also checks that the loss has the same second derivative with
-    respect to the logits as mean cross-entropy. Later steps are not checked. With ``ignore_index``
-    or class weights, the labels are those of the batch, also if a later step changes them.
+    respect to the logits as mean cross-entropy. Later steps are not checked. With ``ignore_index`` or
+    class weights, ``κ`` depends on the labels. The callback copies them before every training step, so changes that
+    the step makes to them do not matter.
 
     The callback logs three means over every epoch: ``κ`` as ``penalty/relative_flatness`` (or with the name in
     ``measure=``), ``λ`` as ``penalty/strength``, and the term added to the loss as ``penalty/loss``. It works with
@@ -124,8 +125,8 @@ class FlatnessPenalty(Callback):
         prefix: str = "penalty",
     ) -> None:
         if not is_number(strength) or not 0 <= strength < math.inf:
-            remedy = " maximize=True trains away from flat minima." if is_number(strength) and strength < 0 else ""
-            raise FlatnessError(f"FlatnessPenalty: strength={strength!r} must be a number, zero or more.{remedy}")
+            remedy = " To avoid flat minima, use maximize=True." if is_number(strength) and strength < 0 else ""
+            raise FlatnessError(f"FlatnessPenalty: strength={strength!r} must be a finite number, at least 0.{remedy}")
         if not isinstance(layers, str) or not layers:
             raise FlatnessError(f"FlatnessPenalty: layers={layers!r} must be 'classifier' or the name of one layer.")
         check_whole("FlatnessPenalty: warmup_steps", warmup_steps, least=0)
@@ -292,8 +293,9 @@ class FlatnessPenalty(Callback):
     def _targets_for(self, call: StepCall) -> Tensor | None:
         """Return the batch's targets if the penalty needs them, or None otherwise.
 
-        It needs targets if there are class weights, or if targets are class indices, some of which may be ignored.
-        Other targets, such as class probabilities, are taken to sum to one for every sample, and are not needed.
+        With class weights, the penalty needs targets of any kind. Without class weights, it needs them only if they are
+        class indices, some of which may be ignored. Other targets, such as class probabilities, are assumed to sum to
+        one for every sample, so they are not needed.
         """
         targets = self._targets
         if targets is None or self._options["class_weight"] is not None:
@@ -321,9 +323,9 @@ def _named() -> Iterator[None]:
 
 
 def _without_penalties(trainer: Trainer, loss: Tensor) -> Tensor:
-    """Return the loss without what other FlatnessPenalty callbacks have added to it in this step.
+    """Return the loss as it was before other FlatnessPenalty callbacks added their penalties in this step.
 
-    If something else has changed the loss since then, return a copy of the loss as it is.
+    If there are no such penalties, or something has changed the loss after them, return a copy of the present loss.
     """
     others = [other._unpenalized for other in callbacks_of(trainer) if isinstance(other, FlatnessPenalty)]
     kept = [unpenalized for unpenalized, version in filter(None, others) if version == loss._version]

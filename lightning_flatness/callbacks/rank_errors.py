@@ -50,9 +50,9 @@ class RankErrors:
     def settle(self, where: str, task: str = "") -> bool:
         """Return True if no rank has a pending error. Otherwise raise an error, or warn, on every rank.
 
-        All ranks must call this method, because it is a collective. The message names the first rank that failed, and
-        the point in training (``where``). If it is not the measurement that failed, the message names the ``task``
-        instead, such as "write the files".
+        All ranks must call this method, because it is a collective. The message names the first rank that failed.
+        It says that the measurement failed at ``where``, a point in training. With a ``task``, such as "write the
+        files", it says instead that this task failed.
         """
         messages = gather(self.pending, sync=True)
         self.pending = None
@@ -66,7 +66,7 @@ class RankErrors:
             failed_at = f"could not {task}" if task else f"failed at {where}"
             raise FlatnessError(f"{self._name} {failed_at}{on_rank}: {message}")
         if message != self._last_warning:  # an error that persists gives one warning only
-            lacks = f"could not {task}" if task else f"has no {self._measured} for {where}; it failed"
+            lacks = f"could not {task}" if task else f"has no {self._measured} for {where}; the measurement failed"
             rank_zero_warn(f"{self._name}(on_error='warn') {lacks}{on_rank}: {message}")
         self._last_warning = message
         return False

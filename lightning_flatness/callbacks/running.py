@@ -1,6 +1,7 @@
-"""Measure one source of samples, and observe the forward passes of validation if observing does not change them.
+"""Measure the samples of one source: the validated batches of a loader, or other data.
 
-To observe a pass means to measure in a forward pass that validation makes anyway, instead of an extra pass.
+Observe the forward passes of validation if this does not change them. To observe a pass means to measure in a forward
+pass that validation makes anyway, instead of an extra pass.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class Running:
     It records the call of the network in each validation step. If a trial shows that observing changes nothing, it also
     observes the forward pass of that call, which saves an extra pass.
 
-    If the trial fails, no pass is observed in the rest of the run, or in the rest of this measurement if the network is
-    compiled. If the pass of a later batch cannot be used, no pass is observed in the rest of this measurement.
+    If the trial fails, stop observing passes for the rest of the run. Stop only for the rest of this measurement if the
+    network is compiled, or if the pass of a later batch cannot be used.
     """
 
     def __init__(
@@ -143,16 +144,18 @@ class Running:
         return reason
 
     def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
-        """After a validation step, measure the batch's samples that the source selects, or the next part of other data.
+        """Measure the samples that are due after a validation step.
+
+        They are the samples of the batch that the source selects, or the next part of :class:`SeparateData`.
 
         ``call`` is the call of the network that a :class:`~lightning_flatness.callbacks.step_watch.StepWatch` has found
         in this step. If ``call`` is None, measure the call that this object has recorded in this step, or the inputs in
         the batch if ``Network.is_called`` is False. If ``batch_fn=`` gives inputs that differ from those of the call,
-        measure the inputs from ``batch_fn=``. Measure nothing if the batch is empty, and the step skips it.
+        measure the inputs from ``batch_fn=``. If the batch is empty and the step skips it, measure nothing.
 
         Raises:
             BatchError: The step calls the network several times on different inputs, unlike earlier steps, and
-                ``batch_fn=`` gives no inputs. Or the step runs another network than the one that is measured after it.
+                ``batch_fn=`` gives no inputs. Or the network has other weights now than it had in the step.
             NotCalledError: The step does not call the network, unlike earlier steps.
         """
         if isinstance(self.source, SeparateData):
@@ -181,8 +184,8 @@ class Running:
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
         """Measure samples in an extra forward pass.
 
-        If a trial has shown that extra passes can run like those of validation, in the same way and precision, make
-        such a pass, and measure while it runs. If this raises an error, make ordinary extra passes from now on.
+        If a trial has shown that passes can be observed, observe this pass, too. It then runs in the same way and
+        precision as the passes of validation. If it raises an error, run this and all later extra passes as usual.
         """
         self._try_once()
         if self._repeats and ((self._observes and self._is_tried) or self.measurement.observer.repeats):
@@ -221,9 +224,9 @@ class Running:
     def _recorded_call(self, asked: Asked, batch_idx: int) -> Call:
         """Return the recorded call if the step called the network on one input only.
 
-        Otherwise return a call on the inputs of ``batch_fn=``. If ``batch_fn=`` gives no inputs, raise an error. Also
-        raise an error if the step does not call the network at all, unless ``model=`` names the network: the step may
-        call another one now.
+        Otherwise return a call on the inputs of ``batch_fn=``, or raise an error if ``batch_fn=`` gives no inputs. If
+        the step does not call the network at all, it may call another one now. So this is an error even with such
+        inputs, unless ``model=`` names the network.
         """
         listener = self._listener
         assert listener is not None
@@ -237,13 +240,13 @@ class Running:
             return asked.own_call()
         if call is not None:
             raise BatchError(
-                f"The validation step calls the network on different inputs in batch {batch_idx}, unlike in earlier "
-                "batches. Give batch_fn=, a function from a batch to the (inputs, targets) to measure."
+                f"The validation step calls the network on several different inputs in batch {batch_idx}, unlike in "
+                "earlier batches. Give batch_fn=, a function from a batch to the (inputs, targets) to measure."
             )
         raise NotCalledError(
             f"The validation step does not call the network in batch {batch_idx}, unlike in earlier batches. It may "
             "call another module now. Name the network to measure with model=, and give batch_fn=, a function from a "
-            "batch to the (inputs, targets) to measure. If the step skips a batch, batch_fn= returns (None, None)."
+            "batch to the (inputs, targets) to measure, or to (None, None) if the step skips the batch."
         )
 
     def _add_observed(self, call: Call, targets: Tensor | None) -> bool:

@@ -1,4 +1,7 @@
-"""Compare what a step shows with what is measured. A training step that does not show it clearly changes nothing."""
+"""Check whether the measured inputs are those that a step gives to the network, and warn or raise an error if not.
+
+If a training step does not show the network and its inputs clearly, the callback warns, and measures nevertheless.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from lightning_flatness.model.call import Call, same_tensors
 
 
 def warn_of_unseen(name: str, is_watched: bool) -> None:
-    """Warn that the batch's own inputs are measured, because the validation step is not seen to call the network."""
+    """Warn that the batch's own inputs are measured, because no call of the network was seen in the validation step.
+
+    ``is_watched`` is False if ``torch.compile`` runs the whole step, so that calls in it cannot be seen.
+    """
     compiled, none = (
         "torch.compile runs the whole validation step",
         "the validation step does not call the network",
@@ -29,9 +35,10 @@ def warn_of_unseen(name: str, is_watched: bool) -> None:
 
 
 def check_inputs(name: str, data: Any, step: str, asked: Asked, call: Call, follows_steps: bool) -> None:
-    """Warn if inputs from ``batch_fn=`` differ from those of ``call``. Raise an error if inputs of the batch differ.
+    """Warn or raise an error if the inputs to measure differ from those of ``call``, which a step has made.
 
-    ``step`` is ``"validation"`` or ``"training"``. If ``follows_steps``, the validated batches are measured.
+    Warn if they come from ``batch_fn=``, and raise an error if they are those of the batch. ``step`` is
+    ``"validation"`` or ``"training"``. ``follows_steps`` says whether the validated batches are measured.
     """
     differs = not same_tensors(call, asked.copied, asked.targets)
     if differs and asked.is_given:
@@ -42,9 +49,9 @@ def check_inputs(name: str, data: Any, step: str, asked: Asked, call: Call, foll
         )
     elif differs and step == "training":
         raise FlatnessError(
-            "the training step gives other tensors to the network than those of the batch. If it does more than "
-            "augment the batch, give batch_fn=, a function that takes a batch, prepares the inputs, and returns "
-            "(inputs, targets)."
+            "the training step gives other tensors to the network than those of the batch. The batch's own tensors are "
+            "measured. If the step only augments the batch, change nothing. If it does more, give batch_fn=, a "
+            "function that takes a batch, prepares the inputs, and returns (inputs, targets)."
         )
     elif differs:
         raise FlatnessError(
@@ -61,7 +68,7 @@ def network_after_unclear_step(
     shown: Network | None,
     error: Exception,
 ) -> Network:
-    """Return the network to measure although a training step raised ``error`` when it was watched, and warn.
+    """Warn that watching a training step has raised ``error``, and return the network to measure nevertheless.
 
     This is the network that ``model`` names, or the LightningModule if it has a ``forward()``, or the network that the
     step has ``shown``. If there is none of these, raise ``error``.
@@ -73,5 +80,6 @@ def network_after_unclear_step(
             raise error from None
         network = shown
     what = "the network of model=" if network.is_named else f"'{network.prefix}'" if network.prefix else "forward()"
-    rank_zero_warn(f"{name} measures {what} as if no training step had been seen: {in_one_line(error)}")
+    unclear = "because the training step does not show clearly what to measure"
+    rank_zero_warn(f"{name} measures {what}, {unclear}: {in_one_line(error)}")
     return replace(network, is_called=False)

@@ -68,7 +68,7 @@ class SpectrumCallback(EpochEndCallback):
         prefix: prefix of the logged keys. Several callbacks in one Trainer need different prefixes.
         model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
             LightningModule and returns the network; by default the network that the first validation step calls, or the
-            LightningModule itself if there is no validation.
+            first training step if there is no validation.
         batch_fn: function that takes a batch and returns ``(inputs, targets)``.
         folder: folder for the files; by default a new folder named ``prefix`` in the folder of the run. Loggers that
             store files get the files, too.
@@ -81,7 +81,7 @@ class SpectrumCallback(EpochEndCallback):
     Attributes:
         history: one record for every measurement of a fit, saved in checkpoints. A record is a dict with ``epoch``,
             ``step`` and the logged values (None if unknown). ``r_e_std`` and so on are standard deviations over the
-            probes. ``residuals`` are those of ``eigenvalues``, which
+            probes. ``residuals`` has one entry for each of the ``eigenvalues``, which
             :func:`~lightning_flatness.plots.plot_eigenvalues` draws. ``data``, ``num_samples``, ``matrix``,
             ``num_probes`` and ``num_steps`` say what was measured, and how.
         result: the latest measurement, a :class:`~lightning_flatness.SpectrumResult`.

@@ -1,4 +1,4 @@
-"""Record the calls of modules in a validation step, to find out which module is the network, and its inputs."""
+"""Record the calls of modules in a step, to find out which module is the network, and which inputs it gets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Found:
 
     Attributes:
         network: the network.
-        call: the call to measure, or None. Its tensors are copies, made before the call. It has the network's answer.
+        call: the call to measure, or None. Its tensors are copies, made before the call. Its
+            ``answer`` has the logits that the network returned.
     """
 
     network: Network
@@ -38,10 +39,10 @@ class Found:
 
 @dataclass
 class _Heard:
-    """A recorded call of a module in a step, with the module's output, and with the calls of modules within this call.
+    """A recorded call of a module in a step, with the module's output, and the calls of modules inside this call.
 
-    If the output has no logits, the network is sought among the calls within, but only if these are all of one module.
-    Calls of several modules are dropped, because they would keep the step's activations in memory.
+    If the output has no logits, the network is sought among the calls inside. If these are calls of several modules,
+    they are dropped, because they would keep the step's activations in memory.
     """
 
     module: nn.Module
@@ -139,7 +140,11 @@ class StepWatch:
         return heard.output
 
     def _hear_other(self, module: nn.Module, forward: Callable[..., Any], call: Call) -> Any:
-        """Handle a call of another module than the one that the user names. Only the outermost calls count."""
+        """Make a call of a module other than the one that the user names, and return its output.
+
+        Note the module for a warning if it is called after the named module and on other inputs. Modules that are
+        called inside such a module, and modules that weigh losses, are not noted.
+        """
         is_within, self._in_other = self._in_other, True
         try:
             output = forward(*call.arguments, **call.keywords)
@@ -188,10 +193,10 @@ class StepWatch:
         return Found(replace(found, on_batch=num_inputs > 1), heard.copied)
 
     def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
-        """Find the call to measure among these calls, or among the calls within them.
+        """Find the call to measure. The candidates are ``calls``, or calls inside one of them if it returns no logits.
 
-        Return this call, the number of different inputs on which its module is called in the step, and True. If there
-        is no call to measure, return the module's first call, the number of different inputs, and False.
+        Return the call, the number of different inputs among the candidates, and True. If no candidate can be chosen,
+        return the first one, the number of different inputs, and False.
         """
         self._refuse_several(calls)
         different: list[_Heard] = []
@@ -217,8 +222,8 @@ class StepWatch:
             named = self._name(heard.module)
             rank_zero_warn(
                 f"The {self.step} step calls {self._name(self._after[0])}, which has weights of its own, after "
-                f"{named}. If the output of {named} is not the logits, the measured loss is not your loss. Use "
-                "model=... to name a module that returns the logits."
+                f"{named}. If the output of {named} is not the logits, the measured loss is not your loss. Then "
+                "use model=... to name a module that returns the logits."
             )
 
     def _refuse_several(self, calls: Sequence[_Heard]) -> None:
@@ -289,7 +294,7 @@ def _why_no_logits(output: Any) -> str:
 
 
 def _weighs_losses(call: Call, output: Any) -> bool:
-    """Return whether a call turns losses into one number, as a module with trained weights of losses does."""
+    """Return whether a call turns losses into one number, like a module that learns how to weigh several losses."""
     try:
         inputs, outputs = tensors_of(call), tensors_of(output)
     except Exception:  # the user's step is running, and must not fail here, whatever the network returns

@@ -49,8 +49,8 @@ class FlatnessStopping(EarlyStopping):
     A small relative flatness means a flat network. But relative flatness rises in the first epochs, while the network
     learns to tell classes apart. A plain ``EarlyStopping`` on relative flatness takes the first epochs for the best
     ones, and stops early, at a low accuracy. ``FlatnessStopping`` ignores both metrics in the first epochs, the
-    burn-in. Afterwards training continues as long as one of the metrics improves. A validation does not count if
-    flatness was not measured there, because of ``every_n_epochs`` or because the measurement failed.
+    burn-in. Afterwards training continues as long as one of the metrics improves. Validations without a new flatness
+    value are ignored, whether ``every_n_epochs`` skips them or the measurement fails.
 
     Args:
         monitor: key of a flatness measure that :class:`~lightning_flatness.FlatnessCallback` logs, or a list of keys.
@@ -152,7 +152,7 @@ class FlatnessStopping(EarlyStopping):
             watched.best, watched.wait_count = state["best"], state["wait_count"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise an error if a monitored key is not measured at validations, although the fit has some."""
+        """Raise an error if the fit has validations, but a monitored key is measured only at the end of epochs."""
         for callback in self._measuring(trainer) if trainer.enable_validation else []:
             if not isinstance(callback, FlatnessCallback):
                 name = type(callback).__name__
@@ -192,7 +192,8 @@ class FlatnessStopping(EarlyStopping):
         self.best_score, self.wait_count = self._watched[0].best, self._watched[0].wait_count
         if self.verbose and not broken:
             states = [
-                f"{watched.key} {float(value):.4g} ({'no improvement ' * (not index)}for {watched.wait_count})"
+                f"{watched.key} {float(value):.4g} "
+                f"({'validations without improvement: ' * (not index)}{watched.wait_count})"
                 for index, (watched, value) in enumerate(zip(self._watched, values, strict=True))
             ]
             rank_zero_info(f"FlatnessStopping: {', '.join(states)}")
@@ -209,12 +210,14 @@ class FlatnessStopping(EarlyStopping):
 
     def _is_new(self, trainer: Trainer) -> bool:
         """Return whether the callbacks that log the monitored keys have measured since the last check."""
-        new = True
-        for callback in self._measuring(trainer):
-            number = callback.num_measurements if isinstance(callback, FlatnessCallback) else len(callback.history)
-            new = new and number != self._num_measured.get(callback.prefix, 0)
-            self._num_measured[callback.prefix] = number
-        return new
+        numbers = {
+            one.prefix: one.num_measurements if isinstance(one, FlatnessCallback) else len(one.history)
+            for one in self._measuring(trainer)
+        }
+        if any(number == self._num_measured.get(prefix, 0) for prefix, number in numbers.items()):
+            return False
+        self._num_measured.update(numbers)
+        return True
 
     def _measuring(self, trainer: Trainer) -> list[MeasuringCallback]:
         """Return the callbacks that log the monitored keys."""

@@ -99,7 +99,10 @@ def in_words(seconds: float, whole: float, samples: Sequence[int]) -> str:
 
 
 def _of_each(samples: Sequence[int], total: float) -> float:
-    """Return how many samples of each loader are ``total`` samples together, if smaller loaders are measured whole."""
+    """Return the number of samples per loader (``max_samples=``) that gives ``total`` samples over all loaders.
+
+    Loaders that have fewer samples are measured whole. The others share the remaining samples equally.
+    """
     rest = len(samples)
     for size in sorted(samples):
         if size * rest >= total:

@@ -21,7 +21,7 @@ class Trajectory:
         self.release()
 
     def release(self) -> None:
-        """Delete all states, but keep the coordinates in the latest plane."""
+        """Delete all states, but keep their coordinates in the latest plane."""
         self._states: list[dict[str, Tensor]] = []
 
     def add(self, network: nn.Module) -> None:
@@ -46,10 +46,10 @@ class Trajectory:
         return None if self._principal is None else self._principal.coordinates
 
     def plane(self, network: nn.Module) -> tuple[list[Any], list[list[float]]]:
-        """Return the two axes of the plane, and a range of coordinates for each axis.
+        """Return the two axes of the plane that fits the states best, and a range of coordinates for each axis.
 
-        The origin of the plane is at the network's present weights. A range goes from the smallest to the largest
-        coordinate of all states and the origin, extended by a quarter on both sides.
+        The plane goes through the network's present weights, which are its origin. A range goes from the smallest to
+        the largest coordinate of all states and the origin, extended by a quarter of its length at both ends.
         """
         principal = pca_directions(network, self._states)
         self._principal = principal._replace(directions=())  # drop the directions, which are as large as the network

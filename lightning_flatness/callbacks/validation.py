@@ -1,4 +1,4 @@
-"""Measure during one validation, on every validation loader or on other data."""
+"""Measure flatness during one validation, on the validated batches or on data that are read separately."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from lightning_flatness.results import FlatnessReport
 
 
 class Validation:
-    """The measurement of one validation, with a :class:`Running` for every validation loader, or one for other data.
+    """The measurement during one validation, with one :class:`Running` for each source of samples.
 
-    The measurement of a loader begins with the first step on this loader, because no earlier step shows the network.
+    A source is a validation loader, the training data, or the user's own data. The measurement of a loader begins with
+    the first step on this loader, because this step shows which network to measure.
 
     Normalised relative flatness needs the standard deviations ("spread") of the layers' input channels. A collective
     computes the spread from the first samples of all ranks. Until then, samples are held, which means that they wait in
@@ -45,7 +46,7 @@ class Validation:
         self._of_step(loader, network).before_step(asked)
 
     def after_step(self, asked: Asked | None, call: Call | None, network: Network, batch_idx: int, loader: int) -> None:
-        """Measure a validated batch, or the next part of other data.
+        """Measure a validated batch, or the next part of the training data or of the user's own data.
 
         A loader other than the first is left out if its batches have no targets, or if its first step does not call the
         network. After the last batch of a loader, the samples that have waited in memory are measured at once, because
@@ -130,8 +131,8 @@ class Validation:
         # If no step calls the network, model= may be a function that makes a new module at every call.
         if network.is_called and running.network.module is not network.module:
             raise BatchError(
-                "Within this validation, another module has been put in the network's place, so its samples would be "
-                "measured on two networks. Replace the network before the first batch, e.g. in "
+                "Within this validation, another module has been put in the network's place, so the validation would "
+                "be measured on two networks. Replace the network before the first batch, e.g. in "
                 "on_validation_epoch_start."
             )
         return running

@@ -42,7 +42,9 @@ def read_config(path: Path | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config '{path}' is not YAML: {' '.join(str(error).split())[:160]}") from error
     if not isinstance(config, dict):
-        raise UsageError(f"--config '{path}' holds no config of a LightningCLI run.")
+        raise UsageError(
+            f"--config '{path}' is no config of a LightningCLI run. Give the config.yaml that the run saved."
+        )
     of_fit = config.get("fit")
     return of_fit if isinstance(of_fit, dict) and "model" not in config else config
 
@@ -109,7 +111,7 @@ def _configured(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def _nobody_says(kind: str, command: Command, checkpoint: Checkpoint) -> str:
     if command.config:
         nobody = f"Neither '{checkpoint.path}' nor --config '{command.config}' names"
-        return f"{nobody} the class of the {kind} (a LightningCLI with a fixed class saves none): {REMEDIES[kind]}."
+        return f"{nobody} the class of the {kind} (LightningCLI saves no class fixed in the code): {REMEDIES[kind]}."
     return f"'{checkpoint.path}' does not name the class of the {kind}: {REMEDIES[kind]}, or the --config of the run."
 
 
@@ -118,8 +120,8 @@ def imported(path: str, source: str) -> Any:
     module_name, _, name = path.rpartition(".")
     if module_name == "__main__":
         raise UsageError(
-            f"{source} names the class {path}, which was defined in the script that was run. Name it as it is "
-            f"imported: --model script.{name} or --data script.{name}."
+            f"{source} names {path}, which was defined in the script that was run. Give its import path instead, with "
+            f"--model, --data or --loss: if the script is script.py, script.{name}."
         )
     if not module_name:
         raise UsageError(f"{source} names '{path}', which is not an import path such as package.{path or 'Class'}.")
@@ -127,7 +129,7 @@ def imported(path: str, source: str) -> Any:
         module = importlib.import_module(module_name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            problem = f"there is no module '{error.name}'. Run where it can be imported, or set PYTHONPATH"
+            problem = f"there is no module '{error.name}'. Run in the folder that contains it, or set PYTHONPATH"
         else:
             problem = f"importing '{module_name}' fails with {type(error).__name__}: {error}"
         raise UsageError(f"{source} names {path}, but {problem}.") from error
@@ -152,8 +154,8 @@ def made_of(
         made: the class or function.
         kind: ``"model"`` or ``"data"``, the prefix of the options in ``words``.
         name: import path of ``made``, for error messages.
-        defaults: arguments as a config has them.
-        objects: other arguments, which are not parsed.
+        defaults: values of arguments in the form that they have in a config file.
+        objects: values of other arguments, which are passed to ``made`` without parsing.
         words: options such as ``--model.width=64``, which override ``defaults``.
     """
     try:
@@ -193,7 +195,7 @@ def _of_words(words: Sequence[str]) -> set[str]:
 
 
 def _is_of_a_config(value: Any) -> bool:
-    """Return whether a config could hold a value."""
+    """Return whether a value has a type that a config file can express, such as text, numbers and lists of these."""
     if isinstance(value, Mapping):
         return all(map(_is_of_a_config, value.values()))
     if isinstance(value, (list, tuple, set)):
@@ -202,7 +204,7 @@ def _is_of_a_config(value: Any) -> bool:
 
 
 def _note(checkpoint: Checkpoint, made: Any, class_path: str, unused: Sequence[str]) -> str:
-    """Return a note on hyper-parameters that are no arguments of ``made`` or, if it is a class, of its bases."""
+    """Return a note on the ``unused`` hyper-parameters that no base class takes either; ``""`` if there are none."""
     bases = inspect.getmro(made) if inspect.isclass(made) else ()
     of_bases = set().union(*(_parameters(base)[0] for base in bases))
     unknown = [name for name in unused if name not in of_bases]

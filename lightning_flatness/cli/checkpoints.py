@@ -36,9 +36,10 @@ class Checkpoint:
     def stored(self, kind: str, names: Container[str] = ()) -> dict[str, Any]:
         """Return the hyper-parameters that Lightning saved for the ``"model"`` or the ``"data"``, or an empty dict.
 
-        If they are the content of one of the arguments in ``names``, the result has this argument alone. The entry
-        ``"_class_path"`` is the import path of the class, if LightningCLI has saved it. With an entry
-        ``"_instantiator"``, LightningCLI has saved all entries, and they are as in a config.
+        If the class takes them as one argument, whose name is in ``names``, the result has this argument alone.
+
+        LightningCLI may add an entry ``"_class_path"``, the import path of the class. If there is an entry
+        ``"_instantiator"``, LightningCLI has saved all entries in the form that they have in a config.
         """
         prefix = "datamodule_" if kind == "data" else ""
         stored = self.content.get(f"{prefix}hyper_parameters")
@@ -77,11 +78,16 @@ def read_checkpoint(path: Path, trust: bool = False) -> Checkpoint:
             f"'{path}' holds a whole module, not its weights: write them with torch.save(module.state_dict(), path)."
         )
     if not isinstance(content, Mapping):
-        raise FlatnessError(f"'{path}' holds a {type(content).__name__}, not a state dict.")
+        raise FlatnessError(
+            f"'{path}' holds a {type(content).__name__}, not a state dict. Write one with "
+            "torch.save(model.state_dict(), path)."
+        )
     if VERSION in content:
         state = content.get("state_dict")
         if not isinstance(state, Mapping) or not state:
-            raise FlatnessError(f"'{path}' is a checkpoint of Lightning without weights (state_dict).")
+            raise FlatnessError(
+                f"'{path}' is a checkpoint of Lightning without weights (state_dict). Give another checkpoint."
+            )
         return Checkpoint(path, state, digest, content)
     return _of_states(path, content, digest)
 
@@ -115,8 +121,8 @@ def _read_pickle(path: Path, trust: bool) -> Any:
         if trust or not found:
             raise FlatnessError(_broken(path, error)) from error
         raise FlatnessError(
-            f"'{path}' holds a Python object, {found[1]}, beside the weights. Unpickling can run any code: add "
-            "--trust if you trust whoever wrote the file."
+            f"'{path}' holds a Python object, {found[1]}, beside the weights. Unpickling it can run any code. If you "
+            "trust whoever wrote the file, add --trust."
         ) from error
     except (ModuleNotFoundError, AttributeError) as error:
         raise FlatnessError(

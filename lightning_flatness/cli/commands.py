@@ -153,7 +153,7 @@ def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Sequenc
 
 
 def _joined(names: Sequence[str], texts: Sequence[str]) -> str:
-    """Return the text of all networks if it is the same, and otherwise that of each network with its name."""
+    """Return the text that all networks have in common, or each network's name and text if the texts differ."""
     return texts[0] if len(set(texts)) == 1 else ", ".join(map(": ".join, zip(names, texts, strict=True)))
 
 

@@ -34,9 +34,9 @@ class Split:
 
 
 def set_up(owner: Any, device: str) -> Trainer:
-    """Set up the data of a LightningDataModule or of a LightningModule, and return the Trainer that the hooks see.
+    """Set up the data of a LightningDataModule or LightningModule, and return the Trainer that is attached to it.
 
-    The data are set up with ``setup("fit")``, because random splits are drawn there.
+    This calls ``prepare_data()`` and ``setup("fit")``, because data modules draw random splits there.
 
     Args:
         owner: the data module, or the model if it has the loaders.
@@ -44,8 +44,8 @@ def set_up(owner: Any, device: str) -> Trainer:
     """
     if not hasattr(owner, "prepare_data"):
         raise UsageError(
-            f"--data: {type(owner).__name__} is no LightningDataModule, as it has no prepare_data. Give the class of "
-            "one, or a function that returns one."
+            f"--data: {type(owner).__name__} is no LightningDataModule, as it has no prepare_data. Give the "
+            "import path of a LightningDataModule class, or of a function that returns a LightningDataModule."
         )
     owner.trainer = trainer = quiet_trainer(device, [])
     try:

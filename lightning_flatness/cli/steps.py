@@ -130,7 +130,10 @@ def visit(
     module: Any = model if is_lightning_module(model) else _Plain(model)
     has_steps = is_overridden("validation_step", module) and not isinstance(module, _Plain)
     if inputs == "step" and not has_steps:
-        raise UsageError(f"--inputs step: {type(model).__name__} has no validation step.")
+        raise UsageError(
+            f"--inputs step: {type(model).__name__} has no validation step. Without this option, the network gets the "
+            "inputs of the batch."
+        )
     has_steps = has_steps and inputs != "batch"
     if isinstance(module, _Plain):
         network = f"plain.{network}" if network else "plain"
@@ -148,8 +151,8 @@ def visit(
                 raise
             raise FlatnessError(
                 f"The validation step of {type(model).__name__} fails when it runs outside its training run, with "
-                f"{type(error).__name__}: {error}. With --inputs batch no step runs, and the network gets the inputs "
-                "of the batch as they are."
+                f"{type(error).__name__}: {error}. If the network takes the inputs of the batch as they are, give "
+                "--inputs batch. Then no step runs."
             ) from error
     if callback.found is None:
         raise FlatnessError(f"The loader of the {split.name} data is empty: it yields no batch.")
@@ -167,11 +170,14 @@ def targets_at(key: str, has_steps: bool) -> Callable[[Any], tuple[Any, Tensor]]
         entries = {str(name): entry for name, entry in entries_of(batch).items()}
         targets = entries.pop(key, None)
         if not isinstance(targets, Tensor):
-            raise BatchError(f"--targets {key}: there is no such tensor in a batch, which is {described(batch)}.")
+            raise BatchError(
+                f"--targets {key}: a batch has no tensor with this key, attribute or position. The batch is "
+                f"{described(batch)}."
+            )
         if not has_steps and len(entries) != 1:
             raise BatchError(
-                f"--targets {key}: without a validation step, a batch must have one entry besides the targets, which "
-                f"is given to the network. This batch is {described(batch)}."
+                f"--targets {key}: without a validation step, a batch must have one entry for the network, besides "
+                f"the targets. This batch is {described(batch)}."
             )
         return None if has_steps else next(iter(entries.values())), targets
 
@@ -197,7 +203,7 @@ def _replaced(module: Any, split: Split, has_steps: bool) -> Iterator[None]:
     """In a ``with`` block, make the Trainer validate on ``split``.
 
     In the block, ``val_dataloader`` returns the loader of the split. ``prepare_data``, ``setup`` and ``teardown`` of
-    the object with the data do nothing, because the data are set up once, also for other splits and networks. If
+    the data module, or of the model if it has the loaders, do nothing, because the data are set up already. If
     ``has_steps`` is False, ``validation_step`` does nothing. Otherwise, if it takes a ``dataloader_idx``, it gets the
     number of the split's loader.
     """

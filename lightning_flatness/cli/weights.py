@@ -18,7 +18,7 @@ WRAPPED = "module."  # the prefix that DataParallel and DDP add
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """Load the weights of a checkpoint into a model, and return a note on missing and renamed weights; often empty.
+    """Load the weights of a checkpoint into a model, and return a note on missing and renamed weights, or ``""``.
 
     As in Lightning, weights may be missing only if the model's ``strict_loading`` is False. Names may have the parts
     that DataParallel, DDP and ``torch.compile`` add.
@@ -50,9 +50,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
 
 
 def _with_own_names(model: nn.Module, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, str] | None]:
-    """Return a state dict with the model's names, and one old and new name, if names differ only by wrappers.
+    """Rename the weights in a state dict if their names differ from the model's only by the parts that wrappers add.
 
-    Otherwise return the state dict as it is, and None.
+    Return the renamed state dict and, as an example for a note, the old and new name of one weight. If the names are
+    the model's, or differ in another way, return the state dict as it is, and None.
     """
     own = {plain_name(name): name for name in model.state_dict()}
     if set(state) == set(own.values()):

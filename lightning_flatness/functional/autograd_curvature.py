@@ -24,13 +24,13 @@ ROUNDINGS = 100
 
 @dataclass(frozen=True)
 class AutogradCurvature:
-    """Any symmetric curvature ``Λ`` for losses with many classes; autograd computes products ``Λ x``, but no matrix.
+    """The symmetric curvature ``Λ`` of any loss with many classes, by products ``Λ x`` that autograd computes.
 
-    The Gauss-Newton method needs ``Λ`` as a sum of ``± b bᵀ`` over column vectors ``b``. Here every class ``k`` gives
-    two columns, ``b = (x + y) / 2`` with the sign +1 and ``b = (x - y) / 2`` with the sign -1. Let ``e_k`` be the unit
-    vector of the class, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive numbers ``w_k``, the matrices
-    ``± b bᵀ`` of all classes sum to ``Λ``. Here ``w_k`` estimates the norm of row ``k`` of ``Λ``; see :attr:`weights`.
-    Then ``x`` and ``y`` are about equally large, and little cancels.
+    The Gauss-Newton method needs ``Λ`` as a sum of ``± b bᵀ`` over column vectors ``b``. Let ``e_k`` be the unit vector
+    of class ``k``, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. Every class gives two columns: ``b = (x + y) / 2`` with
+    the sign +1, and ``b = (x - y) / 2`` with the sign -1. For any positive numbers ``w_k``, the matrices ``± b bᵀ`` of
+    all classes sum to ``Λ``. Here ``w_k`` estimates the norm of row ``k`` of ``Λ``; see :attr:`weights`. Then ``x`` and
+    ``y`` are about equally large, and little cancels between the two columns of a class.
 
     Args:
         function: maps logits and targets to the loss of every sample, ``(N,)``.
@@ -110,7 +110,7 @@ class AutogradCurvature:
         return self.pair(x)[index % 2]
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """Return ``matrix`` unchanged, whereas :meth:`ClassCurvature.centred` subtracts the mean row."""
+        """Return ``matrix`` unchanged: for a general loss, subtracting the mean row could change ``VᵀΛV``."""
         return matrix
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
@@ -169,7 +169,7 @@ def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
 
 
 def probes_like(logits: Tensor) -> list[Tensor]:
-    """Draw ``NUM_PROBES`` standard normal float64 tensors like the logits; equal shapes get equal numbers."""
+    """Draw ``NUM_PROBES`` standard normal float64 tensors in the shape of the logits; same numbers for same shapes."""
     generator = torch.Generator().manual_seed(logits.shape[1])
     shape = (NUM_PROBES, *logits.shape)
     return list(torch.randn(shape, generator=generator, device="cpu").to(logits.device).double())

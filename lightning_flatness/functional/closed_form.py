@@ -53,7 +53,8 @@ def closed_form_block_traces(
 
         T = Σ_n (VᵀΛV) ∘ (a Γ aᵀ)
 
-    ``∘`` multiplies matrices elementwise. Let ``g`` be the input of the classifier, and ``c(s)`` the index of the entry
+    ``T[s, s']`` is the trace of the Hessian's block for the filters ``s`` and ``s'``, and ``∘`` multiplies elementwise.
+    Let ``z`` be the output of the convolution, ``g`` the input of the classifier, and ``c(s)`` the index of the entry
     of ``g`` that output channel ``s`` reaches. Then ``a[s, p] = dg[c(s)] / dz[s, p]`` are slopes, and
     ``V[:, s] = weight[:, c(s)]`` are columns of the classifier's weight. ``Γ`` is the patch Gram matrix, and ``Λ`` the
     second derivative of the loss with respect to the logits.
@@ -250,7 +251,8 @@ def closed_form_residual(
     Args:
         inputs: inputs of the convolution, ``(N, C, *spatial)``.
         geometry: kernel size, stride, padding, dilation and groups of the convolution.
-        curvatures: ``a' = da / dz``, the derivative of the slopes ``a``, ``(N, S, *output)``.
+        curvatures: ``a' = da / dz``, the derivative of the slopes ``a`` with respect to the convolution's output ``z``,
+            ``(N, S, *output)``.
         head: ``V``, columns of the classifier's weight, ``(K, S)``; see :func:`closed_form_block_traces`.
         residual: ``dloss/df``, the gradient with respect to the logits, ``(N, K)``.
         summed: sum over samples; with False the result is ``(N, G, S/G)``.

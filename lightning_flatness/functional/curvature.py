@@ -1,9 +1,10 @@
 """The curvature of a loss: for every sample ``n``, the Hessian ``Λ_n`` of the loss with respect to the logits.
 
-No method uses the matrix ``Λ`` itself. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``. The
-Gauss-Newton method needs the columns of a matrix ``B`` with ``B diag(signs) Bᵀ = Λ``, one at a time. Signs of -1 are
-needed only if ``Λ`` may have negative eigenvalues. :class:`ClassCurvature` and :class:`DenseCurvature` provide factors
-and columns, and so does the class in ``autograd_curvature.py``.
+The closed form and the Gauss-Newton method do not use the matrix ``Λ`` itself. The closed form needs factors of
+``VᵀΛV`` for a matrix ``V`` ``(K, S)``. The Gauss-Newton method needs the columns of a matrix ``B`` with
+``B diag(signs) Bᵀ = Λ``, one at a time. Signs of -1 are needed only if ``Λ`` may have negative eigenvalues.
+:class:`ClassCurvature`, :class:`DenseCurvature` and :class:`AutogradCurvature` (``autograd_curvature.py``) provide
+factors and columns.
 """
 
 from __future__ import annotations
@@ -99,12 +100,12 @@ class ClassCurvature:
         return self.factor(x)
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """If there is a center, subtract the mean row of ``V = matrix`` from all rows; ``VᵀΛV`` does not change."""
+        """Subtract the mean row of ``V = matrix`` from all rows if there is a center; ``VᵀΛV`` does not change."""
         return matrix if self.center is None else matrix - matrix.mean(0)
 
     @property
     def floor(self) -> Tensor | None:
-        """The smallest class weight of each sample, ``(N,)``; None if it is negligible or there are few classes."""
+        """The smallest class weight of each sample, ``(N,)``; None if these are negligible or ``K < MANY_CLASSES``."""
         floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None
@@ -118,8 +119,9 @@ class ClassCurvature:
         With a tolerance, classes that add little to ``t = Σ_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]`` are left out if that
         saves enough work. Their terms in ``t`` sum to at most ``tolerance * t``; ``scales`` ``(N, S)`` must not be
         negative. The diagonal of what is left out is returned as ``rest``, so only entries off the diagonal are
-        approximate. If classes are left out, :attr:`floor` is returned as well. If it is not None, the columns have the
-        weights ``w_k - floor`` in place of ``w_k``. With a center, there is then one more column, ``√(K floor) πᵀV``.
+        approximate. If classes are left out, :attr:`floor` is returned as well. If ``floor`` is not None, the columns
+        have the weights ``w_k - floor`` in place of ``w_k``. With a ``floor`` and a center, there is one more column,
+        ``√(K floor) πᵀV``.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
@@ -231,7 +233,7 @@ class DenseCurvature:
         return self.roots[:, :, index]
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """Return ``matrix`` unchanged, whereas :meth:`ClassCurvature.centred` subtracts the mean row."""
+        """Return ``matrix`` unchanged: for a general loss, subtracting the mean row could change ``VᵀΛV``."""
         return matrix
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
@@ -283,10 +285,10 @@ def _kept(
 ) -> Tensor:
     """Return a mask ``(N, K)`` of the pairs (sample, class) that are used; the others may be left out.
 
-    A pair adds the term ``w_k Σ_s scales[s] (v_k - m)[s]²`` to the trace over all samples. Here ``v_k`` is row ``k`` of
-    ``matrix``, and ``m`` the sample's row of ``mean``. Pairs are left out in ascending order of their terms, as long as
-    these terms sum to less than ``tolerance`` times the trace. A bound on rounding errors is added to every term and
-    subtracted from the trace, so that the tolerance holds despite rounding.
+    A pair adds ``w_k Σ_s scales[s] (v_k - m)[s]²`` to the trace ``t`` in :meth:`ClassCurvature.project`. Here ``v_k``
+    is row ``k`` of ``matrix``, and ``m`` the sample's row of ``mean``. Pairs are left out in ascending order of these
+    terms, as long as the terms left out sum to less than ``tolerance * t``. A bound on rounding errors is added to
+    every term and subtracted from ``t``, so that the tolerance holds despite rounding.
     """
     squares, scales = matrix.square(), scales.to(matrix.dtype)
     parts = size = scales @ squares.T

@@ -99,9 +99,9 @@ def normalized(
 
     ``unit`` chooses the parts. With ``"filter"``, a part is a slice ``f`` of a tensor along its first dimension. The
     slice ``d_f`` of the direction becomes ``d_f ‖w_f‖ / ‖d_f‖``, where ``w_f`` is the same slice of the weights (Li et
-    al. 2018, arXiv 1712.09913, Section 4). With ``"layer"``, a part is a tensor. With ``"model"``, all tensors together
-    are one part. ``"weight"`` uses no norm: every number ``d`` is multiplied by its weight ``w``. With ``"none"``,
-    nothing is rescaled.
+    al. 2018, arXiv 1712.09913, Section 4). With ``"layer"``, a part is a tensor. With ``"model"``, all tensors whose
+    direction is not zero form one part. ``"weight"`` uses no norm: every number ``d`` is multiplied by its weight
+    ``w``. With ``"none"``, nothing is rescaled.
 
     Tensors with at most one dimension (biases, BatchNorm) are set to zero, as in the code of Li et al., unless ``unit``
     is ``"none"``. With ``biases="scaled"`` they are rescaled instead. With ``"filter"``, such a tensor counts as one
@@ -172,7 +172,7 @@ class PrincipalDirections(NamedTuple):
     Attributes:
         directions: the directions, orthonormal.
         coordinates: coordinates of the points in these directions, float64 ``(points, directions)``.
-        explained: for each direction, the share that it explains of the sum of squared distances from the origin,
+        explained: the share of the points' summed squared distances from the origin that each direction explains,
             float64 ``(directions,)``.
 
     Example:
@@ -190,9 +190,8 @@ def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 
     """Compute the first ``number`` right singular vectors of the matrix whose rows are the offsets.
 
     The offsets are points minus the origin; their mean is not subtracted. At least ``number`` offsets must be linearly
-    independent. The singular vectors are computed from the eigenvectors of the small matrix of inner products. Each
-    direction has the sign that makes the coordinate of the first point positive. Points with a negligible coordinate
-    are skipped.
+    independent. The singular vectors are computed from the eigenvectors of the small matrix of inner products. The sign
+    of each direction is chosen so that the first point whose coordinate is not negligible has a positive one.
 
     Args:
         offsets: differences from the origin, each with tensors by name.

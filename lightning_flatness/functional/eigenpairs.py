@@ -216,7 +216,8 @@ class _Search:
         Requires: all Ritz values are below ``level``. Let ``A`` be the operator, ``V`` the basis, ``T`` the projected
         operator, ``q`` the vector ``following`` and ``e`` the last unit vector. ``A V = V T + β q eᵀ`` holds for a
         number ``β``. So for an eigenvector with the eigenvalue ``level``, the components along the basis are
-        ``β (level - T)⁻¹ e`` times the component along ``q``. An eigenvector has norm one, which bounds both.
+        ``β (level - T)⁻¹ e`` times the component along ``q``. The eigenvector has norm one, which bounds the component
+        along ``q``, and so the component along the starting vector.
         """
         parts = self._parts()
         first = self._first[: self.size] @ self._coefficients

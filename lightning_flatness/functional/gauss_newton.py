@@ -40,12 +40,13 @@ def gauss_newton_block_traces(
 
         T = Σ_n Σ_b J_b J_bᵀ,    J_b = Σ_p δ_b[:, p] phi[p]ᵀ
 
-    Let ``Λ`` be the Hessian of the loss with respect to the logits, and ``B`` a matrix with ``B Bᵀ = Λ``. Then ``δ_b``
-    is column ``b`` of ``B``, pulled back from the logits to the layer's output by a vector-Jacobian product. To get the
-    full Gauss-Newton matrix, give the ``δ_b`` of all columns. This matrix equals the Hessian if the logits are affine
-    in the layer's weight (``docs/theory.md``, "Any layer: Gauss-Newton"). A linear layer counts as a convolution of
-    kernel size one over its tokens. The result is a float64 tensor ``(G, S/G, S/G)``, symmetric up to rounding. With
-    ``diagonal`` it has only the diagonals, ``(G, S/G)``.
+    Here ``phi[p]`` is the input patch at output position ``p``. Let ``Λ`` be the Hessian of the loss with respect to
+    the logits, and ``B`` a matrix with ``B Bᵀ = Λ``. Then ``δ_b`` is column ``b`` of ``B``, pulled back from the logits
+    to the layer's output by a vector-Jacobian product. To get the full Gauss-Newton matrix, give the ``δ_b`` of all
+    columns. This matrix equals the Hessian if the logits are affine in the layer's weight (``docs/theory.md``, "Any
+    layer: Gauss-Newton"). A linear layer counts as a convolution of kernel size one over its tokens. The result is a
+    float64 tensor ``(G, S/G, S/G)``, symmetric up to rounding. With ``diagonal`` it has only the diagonals,
+    ``(G, S/G)``.
 
     Args:
         calls: the input ``(N, C, *spatial)`` and the geometry of every call of the layer in one forward pass. If there
@@ -74,7 +75,7 @@ def gauss_newton_contraction(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Contraction:
-    """Compute the sums of :func:`gauss_newton_block_traces` and, with a ``weighting``, the measures of every sample."""
+    """Compute block traces like :func:`gauss_newton_block_traces` and, with a ``weighting``, each sample's measures."""
     columns = len(cotangents[0])
     samples, filters = cotangents[0][0].shape[:2]
     inputs, geometry = calls[0]

@@ -37,11 +37,11 @@ def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rounding_error(dtype: torch.dtype) -> float:
-    """Return the largest relative rounding error, for a test whether a Krylov space is invariant.
+    """Return 100 machine epsilons, the tolerance of the test whether a Krylov space is invariant.
 
-    The test multiplies the operator with the newest basis vector. The norm of the product's part orthogonal to the
-    basis is divided by the norm of this product, or by the largest norm of a product so far. If the ratio is at most
-    the returned number, the space counts as invariant.
+    Let ``y`` be the product of the operator with the newest basis vector, and ``r`` the part of ``y`` orthogonal to the
+    basis. The space counts as invariant if ``‖r‖`` is at most the tolerance times ``‖y‖``. Some callers take the
+    largest norm of a product so far in place of ``‖y‖``.
     """
     return 100 * torch.finfo(dtype).eps
 
@@ -73,9 +73,9 @@ def largest_eigenvalues(
     """Find the largest eigenvalue (by value, not by modulus) of each of ``B`` symmetric matrices of size ``D``.
 
     This is the Lanczos method with full re-orthogonalisation. It restarts from the best Ritz vector, so that memory
-    does not grow. Each returned value is at most the largest eigenvalue of its matrix, and some eigenvalue of the
-    matrix differs from the value by at most the value's residual. See Lanczos 1950, and Parlett 1998, "The Symmetric
-    Eigenvalue Problem", Chapter 13.
+    does not grow. Each returned value is at most the largest eigenvalue of its matrix. Its distance from some
+    eigenvalue of this matrix is at most its residual. See Lanczos 1950, and Parlett 1998, "The Symmetric Eigenvalue
+    Problem", Chapter 13.
 
     Args:
         operator: function that multiplies every matrix with its own vector, ``(B, D) -> (B, D)``.

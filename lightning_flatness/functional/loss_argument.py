@@ -55,8 +55,9 @@ def find_loss(
     options = label_smoothing != 0 or class_weight is not None or ignore_index != -100
     if options and loss != "cross_entropy":
         raise FlatnessError(
-            "label_smoothing, class_weight and ignore_index are options of loss='cross_entropy'. For options of "
-            "another loss, give a function from (logits, targets) to the loss of every sample."
+            "label_smoothing, class_weight and ignore_index are options of loss='cross_entropy' only. With another "
+            "loss, give loss= a torch module with its own options, e.g. nn.CrossEntropyLoss(label_smoothing=0.1), or "
+            "a function from (logits, targets) to the loss of every sample."
         )
     if isinstance(loss, Loss):
         return loss
@@ -151,7 +152,7 @@ class CustomLoss(Loss):
 
     @property
     def label(self) -> str:
-        """The name; where it does not say all, with a hash of the function's code, options and tensors at first."""
+        """The name, plus a hash of the code, options and initial tensors if other losses may share the name."""
         return str(vars(self)["_label"])
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
@@ -262,8 +263,9 @@ class CustomLoss(Loss):
             (gradient,) = torch.autograd.grad(losses[mask].sum(), logits, retain_graph=True)
             if bool(gradient[~mask].any()):
                 raise BatchError(
-                    f"The loss '{self.name}' of one sample depends on other samples of the batch. A contrastive loss "
-                    "does, and a loss that uses batch statistics. Every sample needs a loss of its own."
+                    f"The loss '{self.name}' of one sample depends on other samples of the batch, as in a contrastive "
+                    "loss or with batch statistics. Give a loss that computes the loss of every sample from the logits "
+                    "and the target of this sample alone."
                 )
 
 

@@ -20,11 +20,11 @@ MOST_OBJECTS = 10_000  # nor are those after the first ones, in a large object s
 
 
 def with_hash(name: str, loss: Any) -> str:
-    """Return ``name``; if it does not say all about the user's ``loss``, with a hash of code, options and tensors.
+    """Return ``name``. If other losses may share it, add a hash of the code, options and tensors of ``loss``.
 
-    The name of a function of a module says all. That of a lambda, of a function in a function, of a method, or of an
-    object with attributes does not. Modules with parameters are told apart by their classes alone, since training
-    changes the parameters.
+    A function at the top level of a module gets no hash. A lambda, a nested function, a method, or an object with
+    attributes gets one. Of torch modules with parameters, only the class is compared, because training changes the
+    parameters.
 
     Example:
         >>> with_hash("wrong", lambda f, y: f[:, 0]) == with_hash("wrong", lambda f, y: f[:, 1])
@@ -53,7 +53,7 @@ def weights_text(weights: Sequence[float]) -> str:
 
 
 def content_of(value: Any, depth: int = DEPTH, objects: Iterator[int] | None = None) -> Any:
-    """Return the code, attributes and entries of an object as strings, tuples and lists, alike in every process.
+    """Return the code, attributes and entries of an object as strings, tuples and lists, the same in every process.
 
     ``objects`` counts the objects that have been looked at.
     """

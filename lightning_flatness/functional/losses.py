@@ -32,7 +32,7 @@ class LossDerivatives(NamedTuple):
         normalizer: ``num_samples``, or the sum of the samples' weights if targets are class indices with class weights.
         outcomes: four numbers of every sample, float64 ``(N, 4)``; None without targets. Column 0 is the weight of the
             sample in the mean. Column 1 is 0 for an ignored sample, else 1. Column 2 is the loss of the sample times
-            its weight. Column 3 is 1 if the largest logit is that of the target, else 0; NaN if not known.
+            its weight. Column 3 is 1 if the target's class has the largest logit, else 0; NaN if not known.
         is_pair: True if the batch holds one sample twice; each of the two rows then counts half.
 
     Example:
@@ -62,11 +62,12 @@ def are_integers(targets: Tensor) -> bool:
 
 
 def are_correct(logits: Tensor, targets: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Return for every sample whether its largest logit is that of its target: 1 or 0, float64, and 0 if ignored.
+    """Return 1 for every sample whose target's class has the largest logit, and 0 for all others, in float64.
 
-    The result is NaN where this is not known. It is never known if targets are not class indices. ``kept`` is a mask of
-    the samples that are not ignored. Without it, the result is not known for targets outside ``0..K-1``, which may mark
-    samples that the user's loss ignores. For ``logits`` of shape ``(..., N, K)``, the result has shape ``(..., N)``.
+    Ignored samples get 0. The result is NaN for all samples if targets are not class indices or if there is only one
+    class. ``kept`` is a mask of the samples that are not ignored. Without it, the result is also NaN for targets
+    outside ``0..K-1``, because they may mark ignored samples. For ``logits`` of shape ``(..., N, K)``, the result has
+    shape ``(..., N)``.
     """
     samples, classes = logits.shape[-2:]
     if targets.shape != (samples,) or classes < 2 or not are_integers(targets):
@@ -117,7 +118,7 @@ class Loss:
 
     @property
     def label(self) -> str:
-        """The name, and what tells this loss from others of that name: a hash of its attributes, if it has any."""
+        """The name. A loss with attributes also gets a hash of them, because other losses may have the same name."""
         return with_hash(self.name, self)
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
@@ -129,7 +130,7 @@ class Loss:
         raise NotImplementedError
 
     def total(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Compute the sum of the loss over samples, float64 and differentiable; targets are not checked."""
+        """Compute the sum of the loss over samples, float64 and differentiable; values of targets are not checked."""
         return self._summed(logits.double(), targets)
 
     def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
 
 def channel_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the squared norm of each patch's part on every input channel, ``(N, G, C/G, P)``."""
+    """Compute squared norms of patches, separately for every input channel, ``(N, G, C/G, P)``."""
     apart = replace(geometry, groups=inputs.shape[1])
     norms: Tensor = patch_square_norms(inputs, apart).unflatten(1, (geometry.groups, -1))
     return norms
@@ -111,11 +111,11 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     """Compute the patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of every sample and group, ``(N, G, P, P)``.
 
     Inner products of overlapping patches multiply the same pixels repeatedly. To avoid this, let ``X`` be the Gram
-    matrix of single pixels, zero outside the image. Then ``Γ[p, p']`` is the sum of ``X[p + o, p' + o]`` over kernel
-    offsets ``o``. The sum is taken one spatial dimension after the other. With a 3x3 kernel of stride one, ``X`` takes
-    a ninth of the multiplications of the direct product of patches. With larger strides there are more pixels than
-    patches, and ``X`` may take more. So the function counts the multiplications of both ways, and takes the cheaper
-    one (``docs/theory.md``, "Numerics").
+    matrix of single pixels, zero outside the image, and ``r`` the stride. Then ``Γ[p, p']`` is the sum of
+    ``X[r p + o, r p' + o]`` over kernel offsets ``o``. The sum is taken one spatial dimension after the other. With a
+    3x3 kernel of stride one, ``X`` takes a ninth of the multiplications of the direct product of patches. With larger
+    strides there are more pixels than patches, and ``X`` may take more. So the function counts the multiplications of
+    both ways, and takes the cheaper one (``docs/theory.md``, "Numerics").
 
     Args:
         inputs: the inputs of the convolution, ``(N, C, *spatial)``.
@@ -172,8 +172,8 @@ def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry)
     """Compute ``Σ_p slopes[r, p] phi[p]``, ``(N, G, R, D)``, from slopes ``(N, G, R, P)``.
 
     This is the gradient of a convolution with respect to its kernel, for every sample separately. In float32 on a CPU,
-    torch's own routine for this gradient is about twice as fast as the product with patches. The routine sums over
-    samples, so it is called with one sample whose channels are divided into ``N`` groups.
+    torch's own routine for this gradient is about twice as fast as the product with patches. That routine sums over
+    samples. To keep them apart, the ``N`` samples are passed as ``N`` groups of channels of one sample.
     """
     samples, channels = inputs.shape[:2]
     size = geometry.output_size(tuple(inputs.shape[2:]))

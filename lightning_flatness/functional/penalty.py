@@ -52,7 +52,8 @@ def flatness_penalty(
         normalize: measure the equivalent classifier ``W σ`` on the features ``g / σ``, where ``σ`` is the standard
             deviation of every feature in this batch. ``σ`` has no gradient. Features that are constant in the batch
             are left out.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy``; without class weights it changes nothing.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``. It changes the result only with class weights, or
+            if class probabilities do not sum to one.
         class_weight: weight of every class, ``(K,)``.
         ignore_index: samples with this class index are ignored.
         reduction: ``"mean"`` returns ``κ``. ``"none"`` returns ``c_n ‖g_n‖² Var(w_k)`` of every sample, ``(N,)``.
@@ -119,8 +120,9 @@ def _offsets(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _variance(logits: Tensor, weight: Tensor) -> Tensor:
     """Compute ``Var_{k~π}(w_k) = Σ_k π_k ‖w_k‖² - ‖Σ_k π_k w_k‖²`` of every sample, ``(N,)``.
 
-    It is computed as ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>`` with ``u = δ W``, because both terms are small where ``π_p``
-    is close to one. ``δ`` and ``p`` are those of :func:`_offsets`.
+    If ``π_p`` is close to one, both terms are about ``‖w_p‖²``, and their difference loses precision. So the function
+    computes the equal expression ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>`` with ``u = δ W``, whose terms are then small.
+    ``δ`` and ``p`` are those of :func:`_offsets`.
     """
     delta, likeliest = _offsets(logits)
     centred = weight - weight.mean(0)  # an offset that all rows share changes nothing, but costs precision
@@ -142,7 +144,8 @@ def _deviations(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if len(features) < 2:
         raise BatchError(
             "normalize=True needs the standard deviation of every feature over the batch, but the batch has one "
-            "sample. Use larger batches (drop_last=True), or normalize=False."
+            "sample. Use larger batches, or normalize=False. If only the last batch has one sample, set "
+            "drop_last=True in the DataLoader."
         )
     g = features.double()
     sigma, largest = g.std(0, correction=0), g.abs().amax(0)
@@ -158,7 +161,7 @@ def target_sums(
     class_weight: Sequence[float] | Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor | None, Tensor | int]:
-    """Return ``c_n`` of every sample (None if all are one) and ``Z``, as in :func:`flatness_penalty`.
+    """Return ``c_n`` and ``Z`` of :func:`flatness_penalty`; without targets, ``c_n`` is None, since all are one.
 
     The values of targets are not checked. A check would have to wait for the GPU, and the user's loss already uses the
     same targets.
@@ -172,7 +175,9 @@ def target_sums(
     if class_weight is not None:
         weight = torch.as_tensor(class_weight, dtype=logits.dtype, device=logits.device)
     if weight.shape != (classes,):
-        raise BatchError(f"class_weight has shape {tuple(weight.shape)}, but there are {classes} classes.")
+        raise BatchError(
+            f"class_weight has shape {tuple(weight.shape)}, but there are {classes} classes. Give one weight per class."
+        )
     if targets.is_floating_point() and targets.shape == logits.shape:
         return ((1 - label_smoothing) * targets.to(weight) + label_smoothing / classes) @ weight, samples
     if targets.shape != (samples,) or targets.is_floating_point() or targets.is_complex():

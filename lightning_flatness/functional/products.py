@@ -1,7 +1,7 @@
-"""The sums over samples in the closed form (``closed_form.py``), whose terms are elementwise products of two matrices.
+"""Sum elementwise products of two matrices over samples, for the closed form (``closed_form.py``).
 
-Both matrices are matrix products. The sums are symmetric, so only their upper triangles are computed, in strips. A
-strip is a block of rows, from the diagonal to the right (``symmetric.py``).
+Each of the two matrices is itself a matrix product. The sums are symmetric, so only their upper triangles are computed,
+in strips. A strip is a block of rows, from the diagonal to the right (``symmetric.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Factors:
     Column ``s`` of ``V``, ``(K, S)``, is the classifier's weight for filter ``s``, centred as in ``curvature.py``.
 
     Attributes:
-        features: ``(left, right)``, each ``(N, G, s, P)`` or ``(N, G, s, D)``.
+        features: ``(left, right)``, each ``(N, G, s, P)`` if made from patch Gram matrices, ``(N, G, s, D)`` if made
+            from patches.
         normalized: the same pair, computed from inputs whose channels are divided by their standard deviation; or None.
         columns: ``(columns, others)``, each ``(N, G, s, C)``, where ``C`` is the number of columns.
         counts: for every sample, how many of its ``C`` columns are used; later columns are zero.
@@ -70,12 +71,12 @@ class Totals:
 
 
 def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor:
-    """Add one matrix per sample to the totals, and return two numbers for every sample, float64 ``(N, 2)``.
+    """Add one matrix per sample to the totals, and return two inner products for every sample, float64 ``(N, 2)``.
 
-    :class:`Factors` defines the matrix of a sample. Column 0 of the result has the inner product of this matrix with
-    ``matrices.gram``. Column 1 has the inner product of a second matrix with ``matrices.normalized``. The second matrix
-    is made from ``factors.normalized`` in place of ``factors.features``. If one of the two fields of ``matrices`` is
-    None, its column is zero.
+    :class:`Factors` defines the matrix of a sample. Column 0 of the result is the inner product of this matrix with
+    ``matrices.gram``: the sample's relative flatness, without the terms in ``Projection.rest``. Column 1 is the same
+    for normalised relative flatness, from ``factors.normalized`` and ``matrices.normalized``. If one of the two fields
+    of ``matrices`` is None, its column is zero.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
     values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
@@ -149,7 +150,7 @@ class _Weights:
 
     @classmethod
     def of(cls, matrices: Matrices, rows: slice, rest: slice, like: Tensor) -> _Weights:
-        """Cut out one strip in the dtype of ``like``; entries with a mirror image outside all strips are doubled."""
+        """Cut out one strip in the dtype of ``like``; double the entries whose mirror images are in no strip."""
 
         def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
             if gram is None:

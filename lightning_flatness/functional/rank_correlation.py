@@ -98,7 +98,7 @@ def granulated_tau(x: Tensor, y: Tensor, hyperparameters: Sequence[Sequence[obje
 
 
 def _hashable(value: object) -> object:
-    """Return the value itself, or a text that says the same if it cannot be a key of a dict, as a list cannot."""
+    """Return a value that can be part of a dictionary key: the value itself, or its ``repr`` if it is not hashable."""
     try:
         hash(value)
     except TypeError:

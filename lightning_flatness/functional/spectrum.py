@@ -53,7 +53,7 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
         product: function that multiplies the operator with a vector, ``(D,) -> (D,)``.
         probe: vector ``(D,)``, not zero; its norm does not matter.
         basis: memory ``(m, D)``, which is overwritten by the orthonormal Lanczos vectors.
-        generator: CPU generator that draws the vectors for further steps.
+        generator: CPU generator for the random vectors, needed only if the Krylov space becomes invariant.
 
     Source:
         Golub and Meurant 1994, and Ubaru, Chen and Saad 2017, for the quadrature; Parlett 1998, "The Symmetric
@@ -134,7 +134,7 @@ def spectrum_criteria(
         weights: their weights ``τ``, ``(P, m)``; see :class:`Quadrature`.
         exponent: ``n``.
         scale: factor of ``|θ|`` as above.
-        zero: a ``θ`` counts as zero if ``|θ|`` is at most this times the largest ``|θ|`` of its probe.
+        zero: a ``θ`` counts as zero if ``|θ|`` is at most ``zero`` times the largest ``|θ|`` of its probe.
 
     Source:
         Gabdullin 2024 (arXiv 2412.10146), and 2025 (arXiv 2504.17618) for ``C_t`` and the kinds.

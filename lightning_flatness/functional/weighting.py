@@ -1,4 +1,4 @@
-"""Measures of single samples: inner products of block traces with matrices that depend on the layer's weight."""
+"""The flatness measures of single samples, and the matrices that they need besides block traces."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Weighting:
         return inputs * self.inverse.to(inputs).view(-1, *[1] * (inputs.ndim - 2))
 
     def scaled_patches(self, sums: Tensor) -> Tensor:
-        """Convert sums ``sum_p a[p] phi[p]``, ``(N, G, ..., D)``, to those for inputs divided by ``σ``."""
+        """Divide every entry of sums of patches ``sum_p a[p] phi[p]``, ``(N, G, ..., D)``, by its channel's ``σ``."""
         groups, length = sums.shape[1], sums.shape[-1]
         of_groups = self.inverse.to(sums).view(groups, -1)
         of_entries = of_groups.repeat_interleave(length // of_groups.shape[1], dim=1)

@@ -109,7 +109,7 @@ def certify_observed(
     Args:
         recorded: the observed forward pass.
         loss_at: returns the derivatives of the loss at given logits.
-        known: the certificates of the trial and of earlier observed batches.
+        known: the certificates of the trial (``trial.py``) and of earlier observed batches.
         context: the layers to measure, the options, and a function that copies the model.
 
     Returns:
@@ -119,14 +119,14 @@ def certify_observed(
         FlatnessError: a certificate fails.
     """
     if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
-        raise LayerSelectionError("the forward uses a kernel in functions other than the calls of its layer")
+        raise LayerSelectionError("a layer's weight is used outside the layer, or by other functions than before")
     certificates = _Certificates(recorded, known, context)
     calls, kernels = certificates.certified_calls({})
     head = certificates.certified_head()
     layers, tails = {}, {}
     for name, layer in known.layers.items():
         if len(calls[name]) > 1:
-            raise LayerSelectionError(f"layer '{name}' runs more than once, and ran once on the first samples")
+            raise LayerSelectionError(f"layer '{name}' runs more than once, but ran once on the first samples")
         node, tail = calls[name][0].node, layer.tail
         if tail is not None and recorded.half is not None:
             tails[name], tail = follow_tail(node, head, tail)
@@ -153,8 +153,8 @@ def in_float32(call: LayerCall) -> LayerCall:
 def _uses(recorded: Pass, layers: Mapping[str, CertifiedLayer]) -> tuple[tuple[str, str], ...] | None:
     """Return, for every use of a kernel of these layers, the layer's name and the function that took the kernel.
 
-    Return None if a parameter that is a layer's kernel has other uses than the calls of the layer. Another use may
-    matter on some samples only, so that certificate 4 has to run on every batch.
+    Return None if a parameter that is a layer's kernel has other uses than the calls of the layer. Certificate 4 then
+    runs on every batch, because another use may matter on some samples only.
     """
     for name, layer in layers.items():
         functions = [function for used, function in recorded.kernel_uses if used == name]
@@ -237,7 +237,7 @@ class _Certificates:
     def certified_paths(self, calls: Calls, left_out: dict[str, str]) -> dict[str, float]:
         """Run certificate 4 on all layers together, and return the deviation that :func:`certify_path` finds for each.
 
-        The certificate does not apply to a kernel that a layer computes from a parameter. Its deviation is set to zero.
+        A layer that computes its kernel from a parameter is not tested. The deviation of such a layer is set to zero.
         """
         own = [name for name, of_layer in calls.items() if is_own_weight(of_layer[0])]
         u = random_like(self.recorded.logits)
@@ -313,12 +313,11 @@ class _Certificates:
     def why_not_affine(
         self, calls: Calls, layers: Mapping[str, CertifiedLayer]
     ) -> tuple[dict[str, Inexact | None], Known[None] | None]:
-        """Return, for each layer, why the logits are not affine in its kernel. Return ``known.affine``, updated, too.
+        """Return why the logits are not affine in the kernel of each layer, and the updated ``known.affine``.
 
-        The reason is None if the logits are affine. Layers that this test labelled inexact on earlier batches are left
-        out. The test computes second derivatives. After the first samples, layers that run once are not tested if all
-        functions of the autograd graph are known to have a second derivative of zero. One of sixteen batches is tested
-        in any case, because hooks on tensors do not appear in the graph.
+        The reason is None if the logits are affine. Layers that failed this test on earlier batches are left out. If
+        the functions in the graph show that all second derivatives are zero, layers that run once are tested only on
+        the first samples and on one of sixteen batches. That finds hooks on tensors, which the graph does not show.
         """
         logits, known = self.recorded.logits, self.known.affine
         checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in NOT_LABELLED}

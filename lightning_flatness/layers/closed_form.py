@@ -48,7 +48,7 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class OutputForm:
-    """The detached tensors from which block traces of a layer whose output is the logits are computed."""
+    """The detached tensors from which block traces are computed for a layer whose output is the logits."""
 
     layer: CertifiedLayer
     convolution: Convolution
@@ -95,10 +95,9 @@ class ClosedForms:
 def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
     """Return the block traces of one layer, or only their diagonals, summed over the samples of a pass.
 
-    A layer has a :attr:`CertifiedLayer.gram_norm` only if there are many classes and classes may be left out. Then
-    classes that add little to the trace are left out at first. A bound must show that relative flatness and normalised
-    relative flatness change by at most the share :data:`TRUNCATION`. If it does not, all classes are used after all.
-    The other measures do not change.
+    If there are many classes and classes may be left out, the layer has a :attr:`CertifiedLayer.gram_norm`. Then
+    classes that add little to the trace are left out. Of the measures, this changes only relative flatness and
+    normalised relative flatness. If a bound of the relative change exceeds :data:`TRUNCATION`, all classes are used.
     """
     if isinstance(form, OutputForm):
         return _output(form, weighting, diagonal)
@@ -145,7 +144,7 @@ def _output(form: OutputForm, weighting: Weighting, diagonal: bool) -> BlockTrac
 def _gauss_newton(form: ClosedForm, weighting: Weighting, diagonal: bool, tolerance: float) -> Contraction:
     """Compute the Gauss-Newton term of the closed form, without classes that add little to its trace.
 
-    The classes that are left out together add at most the share ``tolerance`` of the trace.
+    Together, the classes that are left out add at most the share ``tolerance`` of the trace.
     """
     convolution, tail = form.convolution, form.tail
     with torch.no_grad():

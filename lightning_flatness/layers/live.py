@@ -24,10 +24,10 @@ from lightning_flatness.model.precision import Precision, current_precision
 class Listener:
     """A context manager that records one call of a model by the user's code, and may observe its forward pass.
 
-    Only one call counts: the first on the very objects ``inputs`` or, if there is none, the first call at all.
-    In :attr:`call` are copies of its arguments, and what the model answered. Later calls on the same objects are
-    ignored. :attr:`num_others` is the number of later calls on other objects, if the call that counts is not on
-    ``inputs``.
+    At most one call is recorded: the first call on the very objects ``inputs``. If there is no such call and ``only``
+    is False, it is the first call on other objects. If ``inputs`` is None, it is the first call of all. :attr:`call`
+    holds copies of the recorded call's arguments, and the model's :class:`Answer`. If the recorded call is not on
+    ``inputs``, :attr:`num_others` counts the later calls on objects other than those of the recorded call.
 
     Errors of the package are never raised in the user's code, only in :meth:`result`. If observing makes the forward
     fail, the listener runs the forward again without observing it. After the call, the grad mode and the inference mode
@@ -36,10 +36,10 @@ class Listener:
     Args:
         model: the model that the user calls.
         recorder: makes the recorder that observes the pass; if None, the call is recorded but not observed.
-        inputs: the inputs of the call that counts; None for any.
-        only: with ``inputs``, count no call on other inputs.
+        inputs: the inputs of the call to record; None for any.
+        only: with ``inputs``, record no call on other inputs.
         precision: observe the pass only if it runs in this precision; None for any.
-        compares_weights: whether the answer of the call that counts has a sample of the weights.
+        compares_weights: whether the recorded answer includes a sample of the weights.
     """
 
     _active: ClassVar[list[Listener]] = []  # listeners with a recorder, while their `with` block runs
@@ -57,13 +57,13 @@ class Listener:
         self.call: Call | None = None
         self.num_others = 0
         self.reason = NOT_CALLED  # why the pass was not observed; empty if it was observed
-        self.output: Any = None  # what the call that counts returned
+        self.output: Any = None  # what the recorded call returned
         self._model, self._recorder, self._precision = model, recorder, precision
         self._only, self._compares_weights = only, compares_weights
         self._wanted = None if inputs is None else as_call(inputs)
-        self._called: Call | None = None  # the call that counts, on the user's tensors
+        self._called: Call | None = None  # the recorded call, on the user's tensors
         self._recorded: Recorder | None = None
-        self._is_called = False  # whether the call that counts is running
+        self._is_called = False  # whether the recorded call is running
         self._overheard = Overheard([model], self._hear)
         self._state: list[Any] = []
 
@@ -116,7 +116,7 @@ class Listener:
     def _hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Run a call of the model for the user, and record or observe it if it is the call that counts."""
+        """Run a call that the user's code makes of the model, and record or observe it if it is the call to record."""
         called = heard_call(arguments, keywords)
         counts = not self._is_called and (self._wanted is None or not self._only or self._is_wanted(called))
         takes_over = counts and self._is_wanted(called) and not self._is_wanted(self._called)

@@ -41,7 +41,7 @@ def first_description(
     curvature: Curvature,
     context: Context,
 ) -> CertifiedLayer:
-    """Return the description of a layer on the first samples, assuming that the closed form holds.
+    """Return the first :class:`CertifiedLayer` of a layer, with a description that assumes that the closed form holds.
 
     If a certificate of the closed form fails, :func:`under_gauss_newton` changes the description. ``deviation`` is the
     relative deviation that :func:`certify_path` has found.
@@ -83,10 +83,10 @@ def under_gauss_newton(
     options: Options,
     first: bool,
 ) -> CertifiedLayer:
-    """Return the description of a layer that is measured by the Gauss-Newton method.
+    """Return a copy of ``layer`` with the description of a layer that is measured by the Gauss-Newton method.
 
     Args:
-        layer: the description so far.
+        layer: the layer's certificates and its description so far.
         certified: the certified forward pass on the current samples.
         inexact: why the logits are not affine in the layer's kernel; None if they are affine.
         failure: why the closed form failed on this batch; empty if it failed on an earlier batch.
@@ -101,7 +101,8 @@ def under_gauss_newton(
         closed_form = f" The closed form does not hold: {failure}" if failure else ""
         raise NotExactError(
             f"Layer '{info.name}': only the Gauss-Newton part of its Hessian can be computed ({inexact.value}), and "
-            f"strict=True asks for exact numbers.{closed_form}"
+            "strict=True asks for exact numbers. Leave strict=True out, or choose another layer with layers=."
+            f"{closed_form}"
         )
     estimated = inexact is Inexact.CURVED and options.residual is not None and is_own_weight(calls[0])
     is_output = info.name in certified.outputs

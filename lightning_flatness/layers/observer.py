@@ -109,7 +109,7 @@ class FlatnessObserver:
         """Run and certify the samples ``rows`` of a batch in parts; return the data to measure each part later.
 
         A part has as many samples as fit in memory. It can be measured when the standard deviations of the input
-        channels are known. Then pass :attr:`WaitingSamples.forms` to :meth:`sums_of`. If they are None, call
+        channels are known. Then pass :attr:`WaitingSamples.forms` to :meth:`sums_of`. If ``forms`` is None, call
         :meth:`sums`, which runs the samples once more.
         """
         passes = self._own(
@@ -145,8 +145,8 @@ class FlatnessObserver:
     def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
         """Return why the user's forward passes cannot be observed, or an empty string if they can.
 
-        A trial on the first samples of the batch decides (:func:`try_observing`). It makes a pass like a pass of the
-        user's, and observes this pass. The pass runs under the current modes and, if ``inputs`` are a recorded
+        A trial on the first samples of the batch decides (:func:`try_observing`). It runs and observes a pass of our
+        own in the same way as the user's passes: under the current modes and, if ``inputs`` are a recorded
         :class:`Call`, in the precision of that call. The outputs must be bit-identical to those of an unobserved pass.
         The block traces must be those of an unobserved pass, up to rounding. After the pass, the network must not keep
         tensors of the autograd graph alive.
@@ -159,10 +159,10 @@ class FlatnessObserver:
         return outcome.compiled
 
     def listen(self, inputs: Any = None, only: bool = True, compares_weights: bool = False) -> Listener:
-        """Return a :class:`Listener` that observes the first call of the model by the user's code.
+        """Return a :class:`Listener` that observes one call of the model by the user's code.
 
-        With ``inputs``, it observes the first call on these very objects. The others are options of a listener.
-        Requires: :meth:`why_not_live` was called and found that passes can be observed.
+        The arguments are those of :class:`Listener`, which says how they determine the observed call. Requires:
+        :meth:`why_not_live` was called and found that passes can be observed.
         """
         assert self._observable is not None
         recorder, precision = self._observable.context.recorder, self._observable.precision
@@ -192,12 +192,12 @@ class FlatnessObserver:
         return self._observe(forms)
 
     def sums_of(self, forms: ClosedForms) -> dict[str, LayerSums]:
-        """Compute each layer's sums from the result of :meth:`observed_forms`, or from ``WaitingSamples.forms``."""
+        """Return the :class:`LayerSums` of each layer by name; ``forms`` comes from a method of this class."""
         with differentiable(self._model):
             return self._measured(forms)
 
     def _observe(self, work: Callable[[Observable], tuple[Result, Certified]]) -> Result:
-        """Call ``work``, store the certificates that it returns, and return its result."""
+        """Call ``work``, which returns a result and certificates; store the certificates, and return the result."""
         assert self._observable is not None
         result, known = work(self._observable)
         self._observable = replace(self._observable, known=known)
@@ -220,7 +220,7 @@ class FlatnessObserver:
     def repeated_forms(self, inputs: Any, targets: Tensor | None) -> ClosedForms:
         """Make a pass of our own in the same way as the user's passes, observe it, and certify it.
 
-        A single sample is duplicated, so that it runs as a pair. The result is that of :meth:`observed_forms`.
+        A single sample is duplicated, so that it runs as a pair. The result is as in :meth:`observed_forms`.
         """
         assert self._observable is not None
         if as_call(inputs).precision != self._observable.precision:
@@ -228,7 +228,7 @@ class FlatnessObserver:
         samples = num_rows(inputs, targets)
         tensors = SampleTensors().narrowed(inputs, samples)
         if samples == 1 and not tensors.is_certified:
-            raise BatchError("a single sample is measured as a pair, and its input has several tensors")
+            raise BatchError("it is not known which of several input tensors to duplicate for a single sample")
         rows = slice(0, samples)
         listener = repeated(self._model, tensors.take(inputs, rows), self._observable)
         answer = as_call(inputs).answer
@@ -277,7 +277,7 @@ class FlatnessObserver:
         """Certify an observed pass; return the tensors that the closed form needs, and the updated certificates."""
         recorded = listener.result()
         if len(recorded.logits) < 2:
-            raise BatchError("a batch of one sample cannot be observed, since a single sample is measured as a pair")
+            raise BatchError("the batch has a single sample, which must be duplicated before the pass")
 
         def loss_at(logits: Tensor) -> LossDerivatives:
             loss = self._options.loss_function(logits, None if targets is None else targets.to(logits.device))
@@ -296,7 +296,7 @@ class FlatnessObserver:
         return sums
 
     def _weighting(self, layer: CertifiedLayer) -> Weighting:
-        """Return the matrices that a layer's measures need; they are made once, and again after :meth:`normalize`."""
+        """Return the matrices that a layer's measures need; they are cached until :meth:`normalize` is called."""
         info, options = layer.info, self._options
         if info.name not in self._weightings:
             kernel, deviations = layer.kernel.value.weight, self._deviations.get(info.name)
@@ -334,7 +334,7 @@ class FlatnessObserver:
         parameters = {own_weight(call.module): kernels[name] for name, call in calls.items()}
         grams = {name: known.layers[name].gram.whole() for name in wanted}
         if certified.loss.residual is None:
-            raise BatchError("residual='hutchinson' depends on the targets, and this batch has none.")
+            raise BatchError("residual='hutchinson' needs targets, but this batch has none. Give (inputs, targets).")
         logits = logits_of(ModelCopy(self._model, self._options.measuring_dtype)(certified.recorded.inputs, parameters))
         scalar = (logits * certified.loss.residual.to(logits.dtype)).sum()
         return hutchinson_residual(scalar, kernels, grams, weightings, self._options, self._generator)

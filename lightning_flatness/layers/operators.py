@@ -114,8 +114,8 @@ def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[
     if needed > max_bytes:
         raise BatchError(
             f"The largest eigenvalues of {', '.join(map(repr, list(others)[:3]))} need {needed / 1e9:.2g} GB of "
-            f"cotangents for {len(certified.recorded.logits)} samples and {num_columns} columns of the curvature. Give "
-            "fewer samples, fewer layers (layers=), or raise max_gigabytes=."
+            f"memory, for the gradients of {len(certified.recorded.logits)} samples in {num_columns} backward passes. "
+            "Give fewer samples, choose fewer layers with layers=, or raise max_gigabytes=."
         )
     columns = _column_operators(certified, advance) if others else {}
     return {name: tails[name] if name in tails else columns[name] for name in certified.calls}

@@ -1,4 +1,4 @@
-"""Run a copy of the model on parts of batches, record and certify each forward pass, and pass it to a function."""
+"""Run a copy of the model on parts of batches, record and certify each forward pass, and hand it to a function."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class PartSize:
     def next_rows(self, left: int, begun: bool) -> int:
         """Return the number of samples in the next part, if ``left`` samples of the batch remain.
 
-        The remaining parts get about equal sizes, of at most ``most`` samples. Without ``begun``, the part is the first
-        of the first batch. It gets at most half of ``most``, because certifying it takes about fifteen backward passes.
-        If the size was already halved, this part may have ``most`` samples, too.
+        The remaining parts get about equal sizes, of at most ``most`` samples. ``begun`` is False for the first part of
+        the first batch. This part gets at most half of ``most``, because certifying it takes about fifteen backward
+        passes. If memory ran out before and the size was halved, it gets up to ``most`` samples.
         """
         if self.most is None:
             return left
@@ -189,7 +189,7 @@ class OwnPasses:
         return self._selection
 
     def _certified(self, part: Part, first_batch: bool, mode: WithoutAutocast) -> CertifiedPass:
-        """Run the model on a part, and certify the pass; ``mode`` is that of :func:`isolated`."""
+        """Run the model on a part of a batch, and certify the forward pass; ``mode`` comes from :func:`isolated`."""
         first, is_new = not self.known.layers, self._selection is None
         selection, rows, start, targets = self._selected(part), part.rows, part.start, part.targets
         if first and not is_new:

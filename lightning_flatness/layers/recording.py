@@ -168,7 +168,9 @@ class Recorder:
         convolutions = tuple(self._functions.running.pop())
         sample = kernel_sample(convolutions[0].weight) if self._live and convolutions else None
         if not isinstance(returned, Tensor):
-            raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
+            raise LayerSelectionError(
+                f"Layer '{name}' returns a {type(returned).__name__}, not a tensor. Choose another layer with layers=."
+            )
         if self._live and module is self._classifier:  # the graph ends at the classifier's input
             self._keep(name, LayerCall(module, convolutions, returned.detach(), returned.detach(), sample))
             return None
@@ -181,7 +183,7 @@ class Recorder:
         return node.clone()  # an in-place activation must not write to a leaf
 
     def _keep(self, name: str, call: LayerCall) -> None:
-        """Add a call to the record, with what the version counters of its tensors say now."""
+        """Record a call, with the version counters of its inputs and whether an output was changed in place."""
         changed = any(one.output_version != version_of(one.output) for one in call.convolutions)
         call = replace(call, versions=versions_of(call.convolutions), has_changed_output=changed)
         self._calls.setdefault(name, []).append(call)
@@ -276,8 +278,8 @@ class _FunctionMode(TorchFunctionMode):
 def _uses(func: Callable[..., Any], tensor: Tensor, arguments: tuple[Any, ...], result: Any) -> bool:
     """Return whether ``result``, which ``func`` returned, may depend on the entries of ``tensor``.
 
-    A shape or a dtype does not, nor does a tensor that is only made like this one. A function such as ``to`` that
-    returns the tensor itself has not used it.
+    A shape or a dtype does not depend on them, nor does the result of a function such as ``zeros_like``. Return False,
+    too, if ``func`` is a function such as ``to`` that returns the tensor itself.
     """
     name, is_first = getattr(func, "__name__", ""), bool(arguments) and arguments[0] is tensor
     if name in (LIKE_FIRST if is_first else LIKE_OTHER):

@@ -17,7 +17,7 @@ from lightning_flatness.model.names import fits, listed, plain_name
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers to measure and the classifier, chosen on the first samples."""
+    """The result of :func:`select`: the layers to measure, the classifier, and the logits of the first samples."""
 
     modules: dict[str, nn.Module]  # the layers, keyed by plain name, in the order in which they run
     classifier_name: str | None
@@ -34,7 +34,7 @@ class Selection:
 
 
 def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[str], prefix: str = "") -> Selection:
-    """Run ``forward`` once, and choose the classifier and the layers among the modules that run.
+    """Run ``forward`` once; return the classifier and the layers to measure, chosen among the modules that run.
 
     Args:
         model: the model.
@@ -63,9 +63,9 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
 
 
 def _classifier(traced: Trace) -> str | None:
-    """Return the name of the last of the traced calls if its layer is linear, otherwise None.
+    """Return the name of the classifier, or None if the last layer that runs is not linear or has no own ``weight``.
 
-    If a layer returns the logits, the traced calls end with it. Otherwise they are all calls.
+    If the output of a layer is the logits, this layer counts as the last one, whatever runs after it.
     A convolution from one pixel to one pixel counts as linear if its output has as many channels as there are logits.
     Without a classifier, the logits are assumed to be the pooled output of the last layer, as in SqueezeNet.
     """
@@ -85,7 +85,7 @@ def _last(traced: Trace, classifier: str | None) -> str:
     flattened features does not count.
 
     Raises:
-        LayerSelectionError: there is no such convolution, or a later one cannot be measured.
+        LayerSelectionError: there is no such convolution, or one that cannot be measured runs after it.
     """
     for index, call in reversed(list(enumerate(traced.calls))):
         if call.convolves and call.name != classifier:
@@ -106,7 +106,7 @@ def _runs_later(hidden: HiddenCall, layer: str, layers: str) -> LayerSelectionEr
     """
     return LayerSelectionError(
         f"layers='{layers}': '{hidden.name}' runs after '{layer}' and cannot be measured. {hidden.reason} "
-        f"Or name a layer with layers=, e.g. '{layer}'."
+        f"To measure another layer, name it with layers=, e.g. '{layer}'."
     )
 
 
@@ -132,8 +132,9 @@ def _wanted(
         )
     if not ran:
         raise LayerSelectionError(
-            f"The forward runs none of the model's own convolutions and linear layers, {_listing(list(candidates))}. "
-            "A copy of a compiled model runs the layers of the original. Copy before compiling."
+            f"The forward runs none of the model's convolutions and linear layers ({_listing(list(candidates))}). "
+            "If the model is a copy of a compiled model, it runs the layers of the original: copy the model before you "
+            "call torch.compile."
         )
     if layers == "all":
         return ran
@@ -144,7 +145,7 @@ def _wanted(
         if classifier is None:
             raise LayerSelectionError(
                 f"layers='classifier': the last layer that runs, '{traced.calls[-1].name}', is not a linear layer that "
-                "applies its own parameter `weight`. Name the layer with layers=."
+                "applies its own parameter `weight`. Name the layer to measure with layers=."
             )
         return [classifier]
     if layers == "last":
@@ -156,7 +157,8 @@ def _wanted(
         raise LayerSelectionError(traced.passed_over[idle[0]])
     if idle:
         raise LayerSelectionError(
-            f"Layer {_listing(idle)} never runs in the model's forward, in evaluation mode. Take it out of layers=."
+            f"In evaluation mode, the model's forward never runs {_listing(idle)}. With layers=, select only layers "
+            "that run."
         )
     return [name for name in ran if name in matched]
 
@@ -168,7 +170,9 @@ def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, 
         raise LayerSelectionError(traced.passed_over[pattern])
     if not matched and pattern in modules:
         kind = type(modules[pattern]).__name__
-        raise LayerSelectionError(f"Layer '{pattern}' is a {kind}, not a convolution or linear layer.")
+        raise LayerSelectionError(
+            f"Layer '{pattern}' is a {kind}, not a convolution or linear layer. Name such a layer with layers=."
+        )
     if not matched:
         same_end = [name for name in candidates if name.endswith(f".{pattern}") or pattern.endswith(f".{name}")]
         close = list(dict.fromkeys([*same_end, *difflib.get_close_matches(pattern, candidates, n=3)]))[:3]

@@ -75,7 +75,7 @@ class LayerSums:
     def groups(self, positions: Tensor) -> Tensor:
         """Return sums over each of 32 groups of samples, ``(32, 5)``, from which standard errors are computed.
 
-        Column 0 sums the weights of the samples in the mean loss. The other columns sum their ``SAMPLE_MEASURES``.
+        Column 0 has sums of the samples' weights in the mean loss; the others have sums of the ``SAMPLE_MEASURES``.
         ``positions``, ``(N,)``, are the positions of the samples in the measured set, which determine the group of each
         sample.
         """
@@ -94,7 +94,7 @@ class LayerSums:
 
 
 def added(one: dict[str, LayerSums], other: dict[str, LayerSums]) -> dict[str, LayerSums]:
-    """Add two dictionaries of sums, keyed by layer name. Before the first batch, ``one`` may be empty."""
+    """Return the sums of ``one`` plus ``other`` for each layer in ``other``, by layer name; ``one`` may be empty."""
     return {name: one[name] + sums if name in one else sums for name, sums in other.items()}
 
 
@@ -117,7 +117,7 @@ def layer_sums(layer: CertifiedLayer, traces: BlockTraces, loss: LossDerivatives
     if not holds(traces.total.sum().isfinite()):
         raise BatchError(
             f"The block traces of layer '{layer.info.name}' are not finite: activations overflow in this batch, or a "
-            "derivative is not finite, e.g. that of a square root or norm at zero. Add an epsilon there."
+            "derivative is not finite, e.g. of a square root or norm at zero. Add an epsilon to such a root or norm."
         )
     samples = traces.samples
     if samples is None:

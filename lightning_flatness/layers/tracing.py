@@ -30,7 +30,7 @@ PRODUCTS = {
 
 @dataclass(frozen=True)
 class TracedCall:
-    """A call of a layer, i.e. a convolution, a linear layer, or a module of the user's that only applies one kernel."""
+    """A call of a layer. Layers are convolutions, linear layers, and other modules that only apply one kernel."""
 
     name: str
     input_shape: tuple[int, ...]  # () if the input is not a tensor
@@ -54,8 +54,7 @@ class HiddenCall:
 class Trace:
     """The layers that ran in a forward pass, in order, and other modules that applied a trained kernel.
 
-    If a layer returns the logits, ``calls`` and ``hidden`` end with its call. What runs after that, such as another
-    head, does not change the logits.
+    If a layer returns the logits, ``calls`` and ``hidden`` end with its call: later calls do not change the logits.
     """
 
     logits: Tensor  # (N, K), which the forward returned
@@ -142,9 +141,10 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
 
 
 def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """Return a name for a convolution or linear map that ran outside a layer, and the reason why it cannot be measured.
+    """Return a name for a convolution or linear map that ran outside a layer, and why it cannot be measured.
 
-    If the map belongs to a module or a parameter, the result has the name of that module or parameter.
+    The module that owns the kernel gives the name, or else the innermost module that was running. If this is the model
+    itself, the kernel's parameter gives the name, or the name is ``UNNAMED``.
     """
     owner, parameter = applied.owner or (applied.module, "")
     named = f"Module '{owner}'" if owner else "The model"
@@ -190,7 +190,7 @@ class _Tracing(TorchFunctionMode):
         self._computed: dict[int, tuple[Tensor, tuple[str, str] | None]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Tracing:
-        """Return an empty mode: where a forward copies a module, the hooks of the copy record nothing here."""
+        """Return an empty mode: if a forward deep-copies modules, the copied hooks record nothing in this mode."""
         return _Tracing({})
 
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
@@ -234,7 +234,7 @@ class _Tracing(TorchFunctionMode):
             applied.in_layer = True
 
     def leave_script(self, module: nn.Module, arguments: tuple[Any, ...], returned: Any) -> None:
-        """Record that a TorchScript module with a kernel has run, whose layers no hook sees."""
+        """Record the call of a TorchScript module that has a kernel. No hook sees the layers inside it."""
         name = next((name for name, one in self._modules.items() if one is module), "")
         kernels = [parameter for parameter in module.parameters() if parameter.ndim > 1]
         if isinstance(module, torch.jit.ScriptModule) and name and kernels:
@@ -242,10 +242,10 @@ class _Tracing(TorchFunctionMode):
             self._add(_Applied((name, ""), name, True, (), _shape(returned), is_linear, len(self.calls)))
 
     def last_call(self, logits: Tensor) -> int | None:
-        """Return the index of the last call whose output is the logits themselves, unchanged since; None without one.
+        """Return the index in ``calls`` of the last call whose output is the logits, or None if there is no such call.
 
-        The output must be in the same memory. Equal values do not show this: an adapter that is zero at first adds
-        nothing to an output, and does so later.
+        The output must be in the memory of the logits, and unchanged. Equal values do not suffice: an adapter that
+        starts at zero leaves an output as it is at first, but changes it after some training.
         """
         for index, (output, version) in reversed(self._vectors.items()):
             unchanged = output.shape[:2] == logits.shape and version_of(output) == version
@@ -264,7 +264,7 @@ class _Tracing(TorchFunctionMode):
         return result
 
     def _follow(self, function: str, operands: list[Tensor], result: Any) -> None:
-        """Record a call of another function that applies a trained kernel, or what is computed from kernels alone."""
+        """Record a call of a function outside ``CONVOLVING`` that applies a kernel or takes only weights or buffers."""
         owners = {id(one): self._owner_of(one) for one in operands}
         kernels = [one for one in operands if owners[id(one)] is not None]
         others = [one for one in operands if owners[id(one)] is None and id(one) not in self._buffers]
@@ -287,7 +287,7 @@ class _Tracing(TorchFunctionMode):
         self._add(applied)
 
     def _owner_of(self, tensor: Tensor) -> tuple[str, str] | None:
-        """Return the module and name of the parameter that a tensor is, or is computed from; None without one."""
+        """Return ``(module name, parameter name)`` if a tensor is a parameter or was computed from one, else None."""
         owner = self._owners.get(id(tensor))
         return owner or self._computed.get(id(tensor), (None, None))[1]
 
@@ -309,8 +309,8 @@ class _Tracing(TorchFunctionMode):
     def _may_be_trained(self, kernel: Tensor, inputs: Tensor, module: nn.Module) -> bool:
         """Return whether a kernel that is not a parameter may be computed from one of the module's parameters.
 
-        This is possible if the kernel is not a buffer and has as many entries as a parameter. Or it holds one kernel
-        for every sample, and the samples are groups of channels. A fixed filter, such as a blur, is usually a buffer.
+        The kernel must not be a buffer; fixed filters, such as a blur, usually are buffers. It must also have as many
+        entries as a parameter, or hold one kernel per sample, for a convolution whose groups are the samples.
         """
         per_sample = kernel.ndim > 2 and len(inputs) == 1 and inputs.shape[1] > kernel.shape[1]
         same_size = any(p.numel() == kernel.numel() for p in module.parameters())
@@ -318,18 +318,18 @@ class _Tracing(TorchFunctionMode):
 
 
 def _name_of(func: Callable[..., Any]) -> str:
-    """Return a function's name, the same for a function, a method, an operator, and one of ``torch.ops.aten``."""
+    """Return a function's plain name, e.g. ``matmul`` for ``Tensor.__matmul__`` and ``torch.ops.aten.matmul``."""
     return getattr(func, "__name__", "").partition(".")[0].strip("_").removeprefix("linalg_")
 
 
 def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among values and in tuples and lists of values."""
+    """Return the tensors among ``values``, including those inside a tuple or list."""
     flat = [one for value in values for one in (value if isinstance(value, (tuple, list)) else (value,))]
     return [one for one in flat if isinstance(one, Tensor)]
 
 
 def _operands(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
-    """Return the inputs and the kernel among a function's arguments, which have the names that torch gives them."""
+    """Return the inputs and the kernel of a call. The parameters have torch's names, for calls with keywords."""
     return input, weight
 
 

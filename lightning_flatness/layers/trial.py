@@ -45,7 +45,7 @@ Sums = dict[str, LayerSums]
 
 @dataclass(frozen=True)
 class Observable:
-    """A model whose forward passes can be observed, with its certificates."""
+    """What a trial has found about a model whose forward passes can be observed, such as its certificates."""
 
     known: Certified
     context: Context
@@ -66,9 +66,9 @@ def try_observing(
 ) -> Observable | str:
     """Measure the first samples of a batch twice, without and with observing, and compare the block traces.
 
-    Both passes are our own, not the user's. The observed pass runs in the current modes and, if the inputs are a
-    recorded call, in the precision of that call, as the user's passes do. But it runs eagerly even if the model is
-    compiled. In this case, passes of our own can be observed, but not the user's.
+    Both passes are our own, not the user's. The observed pass runs in the current modes. If the inputs are a recorded
+    :class:`Call`, it runs in the precision of that call, as the user's passes do. It runs eagerly even if the model is
+    compiled. In this case only passes of our own can be observed, not the user's.
 
     Args:
         model: the model.
@@ -93,7 +93,7 @@ def try_observing(
     context = passes.context
     for name, layer in passes.known.layers.items():
         if name not in expected or (layer.is_output and name != context.selection.classifier_name):
-            return f"layer '{name}' is neither measured by the closed form nor the classifier"
+            return f"layer '{name}' is not measured by the closed form, and is not the classifier"
     known = Observable(passes.known, context, compiled=why_compiled(model))
     outcome = _observe(model, inputs, targets, known, measure_observed)
     if isinstance(outcome, str):

@@ -40,7 +40,7 @@ class Announcement:
             self.say(logging.INFO, f"The {self.name} takes {self.parts}.")
 
     def after(self, done: int, seconds: float) -> None:
-        """Estimate the whole time from the ``seconds`` that the first ``done`` parts took, and call ``say`` with it.
+        """Pass an estimate of the whole time to ``say``; the first ``done`` parts took ``seconds``.
 
         If the estimate is above ``LONG`` seconds, the message is a warning and names the arguments that save time.
         """
@@ -55,7 +55,7 @@ class Announcement:
             self.say(logging.INFO, f"The {self.name} will take about {duration(estimate)}.")
 
     def timing_first(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return a function that computes the same as ``function``, and calls :meth:`after` after its first call."""
+        """Return a function that computes the same as ``function``; its first call is timed for :meth:`after`."""
         calls: list[None] = []
 
         def timed(vector: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Axes(NamedTuple):
     """The axes of a landscape: one axis for a line, two axes for a plane.
 
     ``names`` and ``units`` have one entry for each axis. ``directions`` are the normalised directions of the axes. With
-    ``update="adam"``, ``directions`` are Adam's two moments instead, also for a line.
+    ``update="adam"``, ``directions`` are Adam's two moments instead, so that a line has one name but two directions.
     """
 
     names: tuple[str, ...]
@@ -81,8 +81,8 @@ def find_axes(
     for name, direction in zip(names, directions, strict=True):
         if not any(bool(tensor.any()) for tensor in direction.values()):
             raise FlatnessError(
-                f"The axis '{name}' is zero: each of its tensors is frozen, has zero weights, or is a bias. Biases do "
-                "not move with biases='zero' (use biases='scaled')."
+                f"The axis '{name}' is zero: each of its tensors is frozen, is zero, belongs to weights that are zero, "
+                "or is a bias that biases='zero' does not move. To move biases, give biases='scaled'."
             )
     if as_adam and len(directions) == 1:  # Adam's step needs both moments, also along a line
         directions.append({key: tensor.double() for key, tensor in moments[1].items() if key not in frozen})
@@ -101,8 +101,8 @@ def adam_moments(
     optimizers = given if isinstance(given, (list, tuple)) else [given]
     if not optimizers or not all(hasattr(each, "param_groups") and hasattr(each, "state") for each in optimizers):
         raise FlatnessError(
-            f"axes='adam' takes the moments of an optimizer, but optimizer is a {type(optimizer).__name__}. Give the "
-            "torch.optim.Adam (AdamW, NAdam, RAdam) that has trained this model as optimizer=."
+            f"axes='adam' takes the moments of an optimizer, but optimizer is a {type(optimizer).__name__}. Give "
+            "as optimizer= the torch.optim.Adam (AdamW, NAdam, RAdam) that has trained this model."
         )
     names = {id(tensor): name for name, tensor in tensors.parameters.items()}
     first: Direction = {}
@@ -116,7 +116,9 @@ def adam_moments(
         if id(parameter) in names
     ]
     if not of_model:
-        raise FlatnessError("optimizer= does not have the parameters of this model; it was made for another model.")
+        raise FlatnessError(
+            "optimizer= does not have the parameters of this model. Give the optimizer that has trained this model."
+        )
     for name, state, group in of_model:
         if all(moment in state for moment in MOMENTS):
             first[name], second[name] = (state[moment] for moment in MOMENTS)
@@ -126,6 +128,7 @@ def adam_moments(
     if not first:
         raise FlatnessError(
             f"The optimizer, {', '.join(type(each).__name__ for each in optimizers)}, keeps no exp_avg and exp_avg_sq: "
-            "it is not Adam, or has made no step yet. Train, or load its state dict."
+            "it is not Adam, or has made no step yet. Give an Adam optimizer that has trained the model, or load its "
+            "state dict."
         )
     return (first, second), epsilons

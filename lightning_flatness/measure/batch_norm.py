@@ -19,7 +19,7 @@ from lightning_flatness.model.isolation import isolated, without_wrapper
 
 
 def statistics_apart(networks: Mapping[str, nn.Module], batches: Iterable[Any] | None) -> dict[str, float]:
-    """Return, for each network by name, the distance between its running statistics and those of the first batch.
+    """Return, for each network by name, the distance of its running statistics from the first batch's statistics.
 
     The distance is the largest :func:`divergence` of all BatchNorm layers. Networks without BatchNorm are left out. The
     mapping is empty if ``batches`` is None. It is also empty if ``batches`` is an iterator, because reading a batch

@@ -81,7 +81,7 @@ def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
         raise BatchError(f"{argument}={batches!r} is a path or text, but batches are not read from files: {REMEDY}.")
     if isinstance(batches, (Tensor, *_arrays())):
         shape = f"of shape {tuple(cast(Tensor, batches).shape)}, which may be one batch of inputs or several"
-        raise _unclear(argument, batches, shape, "[inputs] is one batch without targets")
+        raise _unclear(argument, batches, shape, "for one batch without targets, give [inputs]")
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
         raise _unclear(
             argument, batches, "a data set, whose items are samples", "DataLoader(dataset, batch_size=64) makes batches"
@@ -92,7 +92,7 @@ def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
 
 
 def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
-    """Return a single batch with named entries (a mapping, dataclass or named tuple) in a list.
+    """Return ``[batch]`` if ``batch`` is one batch with named entries (a mapping, dataclass or named tuple).
 
     Any other object with ``__getitem__`` counts as an iterable of batches, and is returned as it is. Raise a
     :class:`BatchError` for everything else, and for a batch in which no inputs and targets are found.
@@ -180,7 +180,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     Two entries are inputs and targets, in this order unless a named tuple names them otherwise. A mapping, a dataclass
     or a longer named tuple must have exactly one entry named like inputs (``image``, ``x``, ...) and one
     named like targets (``label``, ``y``, ...). It must have no other tensor of two or more dimensions. If the targets
-    have a longer name, such as ``gt_label``, it must have no other vector of whole numbers.
+    have a longer name, such as ``gt_label``, there must be no other vector of whole numbers.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -191,7 +191,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     if pair is not None:
         return pair
     raise BatchError(
-        f"A batch is {described(batch)}; expected (inputs, targets), whose targets are a tensor, or a tensor "
+        f"A batch is {described(batch)}; expected (inputs, targets) with a tensor as targets, or one tensor "
         "of inputs. A mapping or dataclass needs one entry named like 'image' and one named like 'label'. Change the "
         "batches, or give the callback batch_fn=, a function from a batch to (inputs, targets)."
     )
@@ -225,12 +225,13 @@ def called(batch_fn: Callable[[Any], Any], batch: Any) -> Any:
         if isinstance(error, FlatnessError) or is_out_of_memory(error):
             raise
         raise BatchError(
-            f"batch_fn= fails with {type(error).__name__}: {error}. A batch is {described(batch)}."
+            f"batch_fn= fails with {type(error).__name__}: {error}. A batch is {described(batch)}. Change batch_fn= so "
+            "that it takes such a batch."
         ) from error
 
 
 def targets_of(batch: Any) -> Tensor | None:
-    """Return the targets of a batch: those of a pair, or the only tensor that is named like targets.
+    """Return the targets of a batch: the targets of a pair, or the only tensor that is named like targets.
 
     Return None if there is no such entry, or if it is not a tensor.
 

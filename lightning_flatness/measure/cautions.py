@@ -85,9 +85,10 @@ def _sizes(rows: Mapping[str, ComparedModel]) -> str:
 
 
 def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return cautions about how the numbers were measured, and about a missing measure.
+    """Return cautions if numbers are not exact, not known, of too few samples, or measured in different ways.
 
-    The former are about exactness, method, loss, precision, data and samples.
+    The number that may be unknown is normalised relative flatness. Models were measured in different ways if loss,
+    precision, data or number of samples differ, or, with numbers that are not exact, if the methods differ.
     """
     found = []
     inexact = tuple(name for name, row in rows.items() if not row.exact)
@@ -123,7 +124,7 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_classes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return a caution if the networks whose number of classes is known have different numbers of classes."""
+    """Return a caution if networks have different numbers of classes. Unknown numbers are ignored."""
     numbers = {name: row.num_classes for name, row in rows.items() if row.num_classes}
     if not _differ(numbers.values()):
         return []
@@ -136,7 +137,7 @@ def _of_classes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return a caution if some models have an outcome, such as a test loss, but fewer than ``FEWEST`` models."""
+    """Return a caution if at least one but fewer than ``FEWEST`` models have an outcome, such as a test loss."""
     number = sum(math.isfinite(row.outcome) for row in rows.values())
     if not 0 < number < FEWEST:
         return []

@@ -121,11 +121,11 @@ def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, 
         raise FlatnessError(f"Model '{next(iter(networks))}' has no data to be measured on: give batches=.")
     unused = [*["batches"] * (batches is not None), *["train_batches"] * (train_batches is not None), *options]
     if unused and not networks:
-        raise FlatnessError(f"{unused[0]}= is for models, and only reports were given, which are measured already.")
+        raise FlatnessError(f"{unused[0]}= is for models to measure, but only reports were given. Leave it out.")
     if options.get("sync"):
         raise FlatnessError(
-            "compare() runs in one process. Make reports with measure_flatness(..., sync=True) on all ranks, and "
-            "compare these."
+            "compare() runs in one process, so it does not take sync=True. Make reports with measure_flatness(..., "
+            "sync=True) on all ranks, and compare these reports."
         )
     if is_reread:
         check_rereadable(batches, "outcome= needs a second pass")
@@ -154,10 +154,10 @@ def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str,
         values = {str(name): value for name, value in values.items()}
         wrong = sorted(values.keys() ^ models.keys())
         if wrong:
-            raise FlatnessError(f"{argument}= has other names than the models: only one of the two has '{wrong[0]}'.")
+            raise FlatnessError(f"{argument}= must have the names of models=, but '{wrong[0]}' is in only one of them.")
         return {name: values[name] for name in models}
     if len(values) != len(models):
-        raise FlatnessError(f"{argument}= has {len(values)} entries for {len(models)} models.")
+        raise FlatnessError(f"{argument}= has {len(values)} entries for {len(models)} models; give one for each.")
     return dict(zip(models, values, strict=True))
 
 
@@ -171,5 +171,7 @@ def _named(models: Models) -> dict[str, FlatnessReport | nn.Module]:
         raise FlatnessError(f"A comparison takes two models or more; {len(named)} was given.")
     for name, model in named.items():
         if not isinstance(model, (FlatnessReport, nn.Module)):
-            raise FlatnessError(f"'{name}' is a {type(model).__name__}; give models, or reports of measure_flatness.")
+            raise FlatnessError(
+                f"Model '{name}' is a {type(model).__name__}; give models, or reports of measure_flatness."
+            )
     return named

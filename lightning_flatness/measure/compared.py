@@ -69,11 +69,11 @@ def row_of(
 
 
 def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[str, Tensor]:
-    """Return a mapping from names of numbers, such as ``"loss"``, to the covariances of the reports' errors.
+    """Return a mapping from each number's name, such as ``"loss"``, to the covariances of the reports' errors.
 
     The covariances of ``M`` reports are float64 ``(M, M)``. A diagonal entry is the variance over samples, plus the
-    variance of random estimates, such as those from random probes. ``is_paired`` says that all models were measured on
-    the same samples. If they were, and all reports have per-sample values of a number, the off-diagonal entries for
+    variance of random estimates, such as those from random probes. ``is_paired`` says whether all models were measured
+    on the same samples. If they were, and all reports have per-sample values of a number, the off-diagonal entries for
     this number come from a jackknife over groups of samples (``docs/theory.md``, "Errors over samples"). Otherwise
     these entries are zero.
     """
@@ -100,11 +100,11 @@ def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[s
 def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> bool:
     """Return whether all reports have per-sample values of the same samples in the same order.
 
-    Models that were measured ``together`` had the same samples. Otherwise the reports must have equal sample weights,
-    and a sample that two networks both classify correctly must have the same class in both reports. This check detects
+    With ``together``, the samples are known to be the same. Otherwise the reports must have equal sample weights, and a
+    sample that two networks both classify correctly must have the same class in both reports. This check detects
     reports whose samples differ or are in another order. It needs correctly classified samples of at least two classes;
-    without these, the result is False. Raise a :class:`FlatnessError` if models that were measured ``together`` have
-    different numbers of samples.
+    without these, the result is False. With ``together``, raise a :class:`FlatnessError` if the numbers of samples
+    differ.
     """
     if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
         return False
@@ -128,7 +128,7 @@ def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> boo
 
 
 def _means_without_groups(report: FlatnessReport) -> dict[str, Tensor]:
-    """Return a mapping from names of numbers, such as ``"loss"``, to their jackknife means ``(G,)``.
+    """Return a mapping from each number's name, such as ``"loss"``, to its jackknife means ``(G,)``.
 
     Entry ``g`` is the mean over all samples except those of group ``g``. Numbers without per-sample values in the
     report are left out.
@@ -171,7 +171,7 @@ def _estimate_error(report: FlatnessReport, number: str) -> float:
 
 
 def errors_of(covariances: Mapping[str, Tensor], index: int) -> dict[str, float]:
-    """Return a mapping from names of numbers to their standard errors, for the model at ``index``.
+    """Return a mapping from each number's name to its standard error, for the model at ``index``.
 
     Errors that are not known (NaN) are left out.
     """

@@ -29,7 +29,9 @@ def correlations_of(
     for name, settings in hyperparameters.items():
         missing = sorted(keys - settings.keys())
         if missing:
-            raise FlatnessError(f"hyperparameters= of model '{name}' has no '{missing[0]}', which other models have.")
+            raise FlatnessError(
+                f"hyperparameters= of model '{name}' has no '{missing[0]}', which other models have. Give it for all."
+            )
     settings = {name: tuple(of_model[key] for key in sorted(keys)) for name, of_model in hyperparameters.items()}
     found = (_correlation(number, rows, settings) for number in (*MEASURES, *BASELINES))
     return tuple(one for one in found if one.num_models > 1)

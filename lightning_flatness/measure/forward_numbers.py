@@ -26,7 +26,7 @@ from lightning_flatness.model.options import MeasuringOptions
 
 @dataclass(frozen=True)
 class ForwardNumbers:
-    """Means of three numbers over samples. A mean is NaN if it is not known."""
+    """The mean loss, margin and feature spread over samples. A mean is NaN if it is not known."""
 
     loss: float
     margin: float = math.nan  # the target's logit minus the largest other logit; NaN unless targets are class indices
@@ -72,7 +72,7 @@ class _Classifier:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Inside the block, record the latest call of the classifier.
+        """Return a context manager inside which the latest call of the classifier is recorded.
 
         Nothing is recorded if the network has no linear classifier, or if the classifier is a TorchScript module.
         """

@@ -76,7 +76,7 @@ def loss_landscape(
             eigenvectors that have the largest eigenvalues; this Hessian is with respect to the trainable parameters
             that are not ``frozen``. A direction is a flat tensor, or a mapping from names of parameters or buffers to
             tensors, e.g. from ``direction_between`` or ``pca_directions``.
-        normalize: the parts of a direction that are scaled, each to the norm of the same part of the weights: every
+        normalize: which parts of a direction are scaled to the norm of the same part of the weights: every
             ``"filter"``, every ``"layer"`` (tensor), or the whole ``"model"``. ``"weight"`` multiplies every entry of
             the direction by the weight itself, and ``"none"`` scales nothing. By default ``"filter"`` for random axes,
             ``"none"`` for others.
@@ -231,5 +231,7 @@ def _eigenvectors(
         # The user called loss_landscape, which called landscape_of, find_axes, the lambda and this function.
         warnings.warn("The Hessian's eigenvectors have not converged, so the axes are approximate.", stacklevel=6)
     if len(spectrum.eigenvalues) < number:
-        raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")
+        raise FlatnessError(
+            f"The Hessian has fewer than {number} eigenvectors. Give fewer Hessian axes, or axes of another kind."
+        )
     return [spectrum.eigenvector(index) for index in range(number)]

@@ -54,7 +54,7 @@ class LandscapeOptions(MeasuringOptions):
         object.__setattr__(self, "frozen", (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen))
         others = not all(isinstance(axis, str) and axis == "adam" for axis in self.axes)
         if self.update == "adam" and (others or self.normalize not in (None, "none")):
-            raise FlatnessError("update='adam' takes axes='adam' or axes=['adam'], and no normalisation.")
+            raise FlatnessError("update='adam' takes axes='adam' or axes=['adam'], and no normalize=.")
         _ = self.coordinates
 
     @property
@@ -97,8 +97,8 @@ def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...
     ranges = _ranges(span, num_axes, update)
     if update == "adam" and num_axes == 2 and not ranges[1][0] > 0:
         raise FlatnessError(
-            f"{span=}: with update='adam', the second coordinate multiplies the second moment under a square root, so "
-            "the second coordinate must be positive. Give a pair for every axis."
+            f"{span=}: with update='adam', the second coordinate is a factor under a square root, so it must be "
+            f"positive. Give a pair for every axis, such as [(-1, 1), {SECOND_MOMENT}]."
         )
     return tuple(_spaced(low, high, count) for (low, high), count in zip(ranges, counts, strict=True))
 

@@ -59,13 +59,13 @@ class Origin:
     not_finite: str = ""  # why logits are not finite, with a remedy; empty if all are finite
 
     def check(self, loss: float) -> None:
-        """Raise an error if ``loss``, this rank's sum of losses in a later pass, differs from its sum in the first."""
+        """Raise an error if ``loss``, the sum of losses in a later pass of this rank, differs from the first pass."""
         first = self.own.loss
         if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self.own.normalizer:
             raise BatchError(
                 f"The mean loss of the model is {self.own.mean:.6g} in one pass over the batches and "
-                f"{loss / self.own.normalizer:.6g} in another. The cause may be random augmentation, or noise in the "
-                "forward pass. Give list(loader), and switch the noise off."
+                f"{loss / self.own.normalizer:.6g} in another. If the loader augments at random, give list(loader). "
+                "If the forward pass has noise, switch it off."
             )
 
 
@@ -152,7 +152,10 @@ class RepeatedBatches:
         """Return the sums over one batch; raise an error if logits and targets differ in length."""
         targets = targets.to(logits.device)
         if len(targets) != len(logits):
-            raise BatchError(f"The batch has {len(logits)} logits and targets of shape {tuple(targets.shape)}.")
+            raise BatchError(
+                f"The model returns logits for {len(logits)} samples, but targets have shape {tuple(targets.shape)}. "
+                "Give one target for each sample."
+            )
         derivatives = self._loss(logits, targets)
         return LossSums(
             float(self._loss.total(logits, targets)),

@@ -46,9 +46,8 @@ class MeanHessian:
         if abs(loss - self._sum) > rounding * max(abs(self._sum), abs(loss)):
             raise BatchError(
                 f"The mean loss over all batches is {loss / self._normalizer:.9g} in one pass and {self.loss:.9g} in "
-                "another, so the Hessian is not unique. The cause may be random augmentation, noise in the forward "
-                "pass, or a loader that leaves out other samples in every pass. Give list(loader), and switch the "
-                "noise off."
+                "another, so the Hessian is not unique. If the loader augments at random or leaves out different "
+                "samples in every pass, give list(loader). If the forward pass has noise, switch it off."
             )
         mean: Tensor = sums[3:] / self._normalizer
         return mean.to(vector)

@@ -95,14 +95,17 @@ class Measurement:
     def _hold_first(
         self, inputs: Any, targets: Tensor | None, positions: Tensor, advance: Callable[[float], None] | None
     ) -> tuple[int, Mapping[str, ChannelSums]]:
-        """Certify those samples of a batch that are among the first of the measured set, and hold them if possible.
+        """Certify the first samples of a batch, and hold these samples if possible.
 
-        This method can hold them if every layer has a closed form, a formula that needs no second forward pass.
+        ``positions`` are the indices of the batch's samples in the measured set. The first samples are all samples up
+        to the last one with a position below ``FIRST_SAMPLES``.
+
+        This method can hold the samples if every layer has a closed form, a formula that needs no second forward pass.
         Otherwise the caller holds the samples, and the model runs on them again later.
 
         Returns:
-            The number of samples that this method holds, and an empty mapping. If some layer has no closed form, zero
-            and a mapping from layers to the sums of every sample over each input channel.
+            ``(held, {})``, where ``held`` is the number of samples that this method holds. If some layer has no closed
+            form, ``(0, sums)``, where ``sums`` maps layers to the :class:`ChannelSums` of the samples.
         """
         among_first = (positions < FIRST_SAMPLES).nonzero()
         if not len(among_first):
@@ -125,9 +128,9 @@ class Measurement:
         def measured() -> dict[str, LayerSums]:
             if not all(map(same_values, before, self._weights())):
                 raise BatchError(
-                    "The weights have changed before the first samples could be measured. If a validation loader "
-                    "has no length, weight averaging may swap the weights back before these samples are measured. "
-                    "Give the loader a length, or leave 'normalized_relative_flatness' out of measures=."
+                    "The weights have changed before the first samples could be measured. With a validation loader "
+                    "that has no length, weight averaging may swap the weights back too early. Give the loader a "
+                    "length, or leave 'normalized_relative_flatness' out of measures=."
                 )
             return measure()
 
@@ -146,8 +149,8 @@ class Measurement:
     def settle_when_due(self) -> None:
         """Measure the held samples if the standard deviations of the input channels can now be computed.
 
-        They can be computed when this rank has seen all of its samples that are needed for them. This method then calls
-        :meth:`take_spread`, which is a collective with ``sync``.
+        This is possible when this rank has seen all of its samples that are among the first ``FIRST_SAMPLES``. The
+        method then calls :meth:`take_spread`, which is a collective with ``sync``.
         """
         if self._deviations is None and any(self._is_last(held.positions) for held in self._held):
             self.take_spread()
@@ -163,8 +166,8 @@ class Measurement:
     def take_spread(self) -> None:
         """Compute the standard deviations of the input channels from the first samples of all ranks.
 
-        If they are known already, do nothing. With ``sync`` this is a collective: every rank must call it in a
-        measurement, even a rank that has no samples or has failed.
+        If they are known already, do nothing. With ``sync`` this is a collective: call it on every rank, even on a rank
+        that has no samples or has failed.
         """
         if self._deviations is None:
             self._deviations = deviations_of(self._held, self._sync)
@@ -219,7 +222,7 @@ class Measurement:
         self._held.append(Held(channels, positions, self._unless_changed(measure)))
 
     def _hold_forms(self, forms: ClosedForms, positions: Tensor | None) -> None:
-        """Hold the samples of an observed forward pass. ``forms`` has the tensors to measure them from later."""
+        """Hold the samples of an observed forward pass. They will be measured from the tensors in ``forms``."""
         positions = self._positions(forms.num_samples, positions)
         self._hold(forms.channels(), positions, partial(self.observer.sums_of, forms))
 

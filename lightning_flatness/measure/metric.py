@@ -96,7 +96,7 @@ class FlatnessMetric(Metric):
                 only their diagonals ``(G, S/G)``.
             weight_gram: inner products of the filters, float64, in the shape of ``block_traces``.
             num_samples: number of samples in the batch.
-            normalizer: number by which the loss divides the batch's sum, such as the sum of the class weights; by
+            normalizer: divisor of the batch's mean loss, such as the sum of the class weights of its samples; by
                 default the number of samples.
             variances: variances ``(6,)`` of the measures, if ``block_traces`` is an estimate.
             extra: normalised and channel-wise flatness, ``(2,)``, summed over the batch's samples; NaN if not measured.

@@ -18,7 +18,7 @@ def progress_bar(show: bool | None) -> Progress:
 
 
 def length_of(batches: Iterable[Any]) -> int | None:
-    """Return the number of batches; None if ``batches`` has no length, because it is a generator, for example.
+    """Return the number of batches, or None if ``batches`` has no length (a generator, for example).
 
     Example:
         >>> length_of([1, 2]), length_of(iter([1, 2]))

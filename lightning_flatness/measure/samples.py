@@ -34,9 +34,8 @@ class Held:
 def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
     """Return a mapping from names of layers to the standard deviations ``(C,)`` of their input channels.
 
-    The standard deviations are those over the first samples of the measured set, whose positions are below
-    ``FIRST_SAMPLES``. With ``sync``, the first samples of all ranks are used. This function is then a collective, which
-    every rank calls once in a measurement, even with an empty list.
+    Only the first ``FIRST_SAMPLES`` samples of the measured set are used. With ``sync``, they come from all ranks, and
+    this function is a collective. Then call it once in a measurement on every rank, even with an empty list.
     """
     totals: dict[str, list[ChannelSums]] = {}
     for some in held:
@@ -55,8 +54,9 @@ class SampleValues:
     """Sums over the 32 groups of samples from which standard errors are computed, and values of single samples.
 
     The position of a sample, which is its index in the measured set, decides its group (``functional.sampling``).
-    ``outcomes`` are numbers that a sample has once and not for each layer, such as the loss (``layers.sums.OUTCOMES``).
-    With ``keeps_all``, all outcomes of every sample are kept, and all ``SAMPLE_MEASURES`` of every sample and layer.
+    ``outcomes`` has the sums of numbers that do not depend on a layer, such as the loss (``layers.sums.OUTCOMES``).
+    With ``keeps_all``, these numbers are also kept for every sample, and the ``SAMPLE_MEASURES`` for every sample and
+    layer.
     """
 
     def __init__(self, keeps_all: bool = False) -> None:
@@ -141,7 +141,7 @@ class Samples:
     of_layers: Mapping[str, Tensor]  # for each layer, (N, 4) or (N, 1), as in OfRank.values
 
     def network(self) -> tuple[float, float, float]:
-        """Return mean loss, accuracy and curvature (the mean trace of the loss's second derivative at the logits)."""
+        """Return mean loss, accuracy and curvature (mean trace of the loss's Hessian with respect to the logits)."""
         sums = self.outcomes.sum(0)
         return (
             float(sums[LOSS] / sums[WEIGHT]),
@@ -152,8 +152,8 @@ class Samples:
     def network_errors(self) -> dict[str, float]:
         """Return a mapping from names to standard errors over samples.
 
-        The names are ``"loss"``, ``"accuracy"``, ``"curvature"``, and those of the measures. The error of a
-        measure is that of its sum over all layers.
+        The names are ``"loss"``, ``"accuracy"``, ``"curvature"``, and those of the measures. For a measure, the
+        error is the standard error of its sum over all layers.
         """
         weights = self.outcomes[:, WEIGHT]
         of_loss = sampling_errors(self.outcomes[:, [LOSS, CURVATURE]], weights)

@@ -29,7 +29,8 @@ def measured_together(
 ) -> dict[str, FlatnessReport]:
     """Measure models on the same batches, and return a mapping from names of models to reports with per-sample values.
 
-    The batches are read once. ``data`` describes the batches in the reports. Messages of errors name the model.
+    The batches are read once. ``data`` is their name in the reports, such as ``"train"``. Messages of errors name the
+    model.
     """
     options = {"per_sample": True, **options}
     measurements = {name: Measurement(model, **options) for name, model in models.items()}
@@ -59,11 +60,11 @@ def with_forward_numbers(
     train_batches: Iterable[Any] | None,
     options: Mapping[str, Any],
 ) -> ComparedModel:
-    """Return a row of a comparison with the training loss of its model, and with its baselines.
+    """Return a row of a comparison, completed with the training loss and the baselines of its model.
 
     The training loss is measured on ``train_batches``, unless these are None or the row has one already. The baselines
-    are measured on ``batches``, unless these are None: margin and feature spread (see :class:`ForwardNumbers`).
-    ``options`` are those of ``measure_flatness``. Messages of errors name the model.
+    are the margin and the feature spread (see :class:`ForwardNumbers`). They are measured on ``batches``, unless these
+    are None. ``options`` are those of ``measure_flatness``. Messages of errors name the model.
     """
     known = {field.name for field in fields(MeasuringOptions) if field.init}
     measuring = MeasuringOptions(**{name: value for name, value in options.items() if name in known})

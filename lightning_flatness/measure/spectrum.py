@@ -276,7 +276,8 @@ def _certify_symmetric(found: Quadrature | Eigenpairs, rounding: float) -> None:
         raise LayerSelectionError(
             f"Products with the Hessian are not symmetric (relative difference {found.asymmetry:.0e}), so they are "
             "wrong. The cause may be torch's parametrizations.weight_norm, an autograd.Function whose backward is not "
-            "its derivative, or noise in the forward pass. Remove the cause, or choose params= of later layers only."
+            "its derivative, or noise in the forward pass. Remove the cause, or choose with params= only layers that "
+            "come after it."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a network answers in a call by the user's code, to tell whether passes of our own run the same network."""
+"""Check that passes of this package run the same network, with the same weights, as a call by the user's code."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ ENTRIES = 64
 class Answer:
     """The logits that a network returned in a call by the user's code, and some of its weights during the call.
 
-    This is not a dataclass, so that functions that go through the tensors of a call's arguments do not find these.
+    Create the object within the call, because creation reads the precision of the call. This is not a dataclass, so
+    that ``map_tensors`` and ``tensors_of`` leave out its tensors when they go through a :class:`Call`.
 
     Args:
-        network: the network, within the call.
+        network: the network that was called.
         output: what the network returned. Its logits are copied, because the user's code may change them in place.
         weights: what :func:`weights_sample` returned right after the call; None if the weights are not compared.
 
@@ -56,9 +57,10 @@ class Answer:
         return chosen
 
     def certify_logits(self, logits: Tensor, start: int, in_half: bool = False) -> None:
-        """Raise a :class:`BatchError` if ``logits`` are not those of the samples from ``start`` on, up to rounding.
+        """Raise a :class:`BatchError` if ``logits`` differ by more than rounding from the logits of the call.
 
-        ``in_half`` says that the forward itself has entered autocast, which passes of our own switch off.
+        ``logits`` are those of the samples from index ``start`` on. ``in_half`` says that the forward itself enables
+        autocast. Passes of this package switch that off, so the logits may differ more.
         """
         if self._logits is None:
             return
@@ -68,7 +70,7 @@ class Answer:
             raise BatchError(OTHER_LOGITS)
 
     def _allowed_difference(self) -> float:
-        """Return by how much other logits may differ due to rounding, relative to the largest logit of the call."""
+        """Return how far logits of other passes may be off by rounding, relative to the largest logit of the call."""
         assert self._logits is not None
         is_cast = self._logits.dtype in HALF or runs_in_half(self.network, self._precision)
         if is_cast or any(map(is_sharded, self.network.parameters())):  # FSDP2 may cast weights during the call
@@ -111,10 +113,10 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def weights_sample(network: nn.Module) -> Mapping[torch.device, Tensor] | None:
-    """Return copies of some entries of every parameter, by device.
+    """Return copies of some entries of every parameter, as one tensor for each device.
 
-    Buffers are left out, because a forward pass may change them. Return None if the entries cannot be read on this
-    process alone, do not exist yet, or belong to a tensor subclass that does not allow it.
+    Buffers are left out, because a forward pass may change them. Return None if the entries cannot be read: parameters
+    are sharded over processes, have no shape yet (lazy modules), or are of a tensor subclass that does not allow it.
     """
     parameters = list(network.parameters())
     if any(is_sharded(parameter) or nn.parameter.is_lazy(parameter) for parameter in parameters):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """The arguments of one call of a network, the precision that the call was made in, and what it answered.
+    """The arguments and the precision of one call of a network, and an :class:`Answer` with the returned logits.
 
     Example:
         >>> as_call({"x": 1}).keywords, as_call([1, 2]).arguments, as_call(1).arguments
@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
 
 def as_call(inputs: Any) -> Call:
-    """Return the call with these inputs as arguments.
+    """Return a :class:`Call` with ``inputs`` as its arguments.
 
     ``inputs`` is a tensor, a tuple or list of arguments, or a mapping of keyword arguments. A :class:`Call` is returned
     as it is.
@@ -94,13 +94,16 @@ class _KindOfFrozen(type):
 
 
 class _Frozen(metaclass=_KindOfFrozen):
-    """All frozen dataclasses are instances of this class: ``apply_to_collection`` cannot replace their fields."""
+    """For ``isinstance``: every object of a frozen dataclass counts as an instance of this class.
+
+    ``apply_to_collection`` cannot replace the fields of frozen dataclasses, so :func:`map_tensors` does it.
+    """
 
 
 def map_tensors(values: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return a collection of values in which ``function`` replaces the tensors.
+    """Return ``values`` with every tensor replaced by ``function(tensor)``.
 
-    Collections are tuples, lists, mappings and dataclasses, also frozen ones.
+    Tensors are found in tuples, lists, mappings and dataclasses, also frozen ones.
     """
 
     def of(value: Any) -> Any:
@@ -154,7 +157,7 @@ class Overheard:
 
     ``hear`` also runs when the user's code calls ``forward`` directly, which hooks do not see. In a compiled module,
     ``hear`` wraps the call of the compiled code, never a part of that code. Forward passes that this package makes
-    itself are not intercepted (:func:`only_heard_by`).
+    itself are intercepted only where :func:`only_heard_by` allows it.
     """
 
     # A stack with one entry for every only_heard_by block that is running. Only the object on top intercepts calls. If
@@ -183,7 +186,7 @@ class Overheard:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Put the original forward back inside the block, so that a compiler sees the user's own modules."""
+        """Inside the block, put the original forward back, so that a compiler sees the user's own modules."""
         self.__exit__()
         try:
             yield

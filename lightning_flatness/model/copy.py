@@ -67,8 +67,8 @@ class ModelCopy:
         """Call the model on a copy of ``inputs``, which are in any form that :func:`as_call` takes.
 
         ``replacements`` maps parameters and buffers to the tensors used in their place. Every call gets fresh copies of
-        the buffers or of their replacements. Only buffers in ``written`` are not copied: the forward writes to their
-        replacements.
+        the buffers or of their replacements. Replacements of buffers in ``written`` are not copied, so the forward
+        writes to them.
         """
         call = map_tensors(as_call(inputs), lambda tensor: measured(tensor, self._dtype_of(tensor)).clone())
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
@@ -151,7 +151,7 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
 
 
 def _is_of_inputs(model: nn.Module, call: Call, message: str) -> bool:
-    """Return whether a TypeError says that the inputs do not fit a module that ``model`` passes them on to."""
+    """Return whether a TypeError shows that a function or module inside ``model`` does not accept the inputs."""
     passes_on = any(
         one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in signature(model.forward).parameters.values()
     )

@@ -66,9 +66,10 @@ def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -
         number: number of directions.
 
     Returns:
-        ``directions`` are orthonormal; pass them in ``axes=`` of :func:`~lightning_flatness.loss_landscape`.
-        ``coordinates``, ``(states, number)``, are for ``trajectory=`` of landscape figures. ``explained`` is each
-        direction's share of the squared distances between the states and ``model``.
+        A named tuple. Its ``directions`` are orthonormal; pass them in ``axes=`` of
+        :func:`~lightning_flatness.loss_landscape`. ``coordinates``, ``(states, number)``, are for ``trajectory=`` of
+        landscape figures. ``explained`` is each direction's share of the squared distances between the states and
+        ``model``.
 
     Raises:
         FlatnessError: states do not fit the model or are not finite, or too few of them differ.
@@ -115,11 +116,17 @@ def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], n
             continue  # a buffer that is not persistent is not in state dicts
         if key not in given or not isinstance(given[key], Tensor) or given[key].shape != tensor.shape:
             there = f"has shape {tuple(given[key].shape)}" if isinstance(given.get(key), Tensor) else "is missing"
-            raise FlatnessError(f"{name} does not fit the model: '{key}' of shape {tuple(tensor.shape)} {there} there.")
+            raise FlatnessError(
+                f"{name} does not fit the model: '{key}' {there} there, but has shape {tuple(tensor.shape)} in the "
+                "model."
+            )
         ours = measured(tensor.detach(), torch.float64)
         theirs = measured(given[key].detach(), torch.float64).to(ours.device)
         for whose, numbers in (("The model", ours), (name, theirs)):
             if not bool(numbers.isfinite().all()):
-                raise FlatnessError(f"{whose} has numbers that are not finite, in '{key}'.")
+                raise FlatnessError(
+                    f"{whose} has numbers that are not finite, in '{key}'. If training has diverged, take an earlier "
+                    "state."
+                )
         offset[key] = theirs - ours
     return offset

@@ -80,7 +80,7 @@ def _generators(owner: Any) -> list[Any]:
 
 
 def parts_of(owner: Any) -> Iterator[Any]:
-    """Yield an object and the objects that it holds, at most ``DEEPEST`` attributes or entries deep, each once."""
+    """Yield an object and the objects that it holds, each once. Search ``DEEPEST`` attributes or entries deep."""
     visited: set[int] = set()
     waiting = [(owner, 0)]
     while waiting:

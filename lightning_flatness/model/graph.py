@@ -25,9 +25,9 @@ MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSa
 def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
     """Return the operations that compute a tensor, or None if they do not show which entries influence each other.
 
-    They do not show it if one of them depends on indices or weights, or is a function of the user's. They do not show
-    it either if entries may influence each other on some samples only (:func:`may_mix`). If ``samples``, the number of
-    samples in the batch, is given, the result does not depend on the batch size.
+    The result is None if an operation moves or mixes entries by indices or weights, or is a custom
+    ``autograd.Function``. It is also None if entries may influence each other on some samples only (:func:`may_mix`).
+    If ``samples``, the number of samples in the batch, is given, the result does not depend on this number.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -74,7 +74,7 @@ BY_CHANNEL = frozenset([
 def may_mix(end: Tensor) -> bool:
     """Return whether entries of different channels may influence each other on some samples only.
 
-    If all functions are linear, channels that influence each other do so on every sample. Behind a nonlinear function,
+    If all functions are linear, channels that influence each other do so on every sample. Before a nonlinear function,
     only functions of single channels are safe: a ReLU could mask a sum over channels on all samples seen so far.
 
     Example:

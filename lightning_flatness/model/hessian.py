@@ -30,9 +30,9 @@ from lightning_flatness.model.rows import SampleTensors, num_rows, take
 class LossSums:
     """Sums over samples, which :meth:`LossCurvature.sums` returns.
 
-    The means are ``loss`` and ``product`` divided by the ``normalizer`` of all samples, which is their number or the
-    sum of their weights. If there is a ``product``, ``normalizer`` and ``num_samples`` are zero. To get these two
-    numbers, call :meth:`LossCurvature.sums` without a vector.
+    To get means, divide ``loss`` and ``product`` by the ``normalizer`` of all samples, which is their number or the sum
+    of their weights. If there is a ``product``, ``normalizer`` and ``num_samples`` are zero. To get these two numbers,
+    call :meth:`LossCurvature.sums` without a vector.
     """
 
     loss: float = 0.0
@@ -81,8 +81,8 @@ class LossCurvature:
     def sums(self, batches: Iterable[tuple[Any, Tensor | None]], vector: Tensor | None = None) -> LossSums:
         """Return the loss and the product of the matrix with ``vector`` ``(D,)``, both summed over batches.
 
-        Without a vector, check the targets, and that two forward passes give the same logits. Compute the normalizer
-        and the number of samples instead of the product.
+        Without a vector, compute the normalizer and the number of samples instead of the product. Also check that the
+        targets fit the loss, and that two forward passes give the same logits.
         """
         loss = normalizer = 0.0
         num_samples = 0
@@ -92,7 +92,10 @@ class LossCurvature:
             if not samples:
                 continue
             if targets is None:
-                raise BatchError(f"Batch {index} has no targets, and the Hessian of the loss needs them.")
+                raise BatchError(
+                    f"Batch {index} has no targets, and the Hessian of the loss needs them. "
+                    "Give pairs (inputs, targets)."
+                )
             share = 0.5 if samples == 1 else 1.0  # a single sample has two equal rows
             with _explained(index), isolated(self._model), finding_what_is_not_finite(self._model, inputs):
                 self._tensors = self._tensors.narrowed(inputs, samples)
@@ -117,19 +120,22 @@ class LossCurvature:
                 else:
                     loss += share * self._add_product(product, logits, targets, vector, share)
             if not isfinite(loss):
-                raise BatchError(f"The loss of batch {index} is not finite, so it has no Hessian.")
+                raise BatchError(
+                    f"The loss of batch {index} is not finite, so it has no Hessian. Check loss= and the targets of "
+                    "this batch."
+                )
         if product is not None and not bool(product.isfinite().all()):
             raise BatchError(
-                "A product with the Hessian is not finite: a first or second derivative overflows, or is NaN or "
-                "infinite at these weights, e.g. that of a square root or norm at zero, or of acos at 1. Add an "
-                "epsilon there. dtype='float64' may help."
+                "A product with the Hessian is not finite: a first or second derivative overflows, or does not exist "
+                "at these weights. For example, a square root or norm has none at zero, and acos has none at 1. Keep "
+                "their arguments away from these points by an epsilon. If float32 overflows, set dtype='float64'."
             )
         return LossSums(loss, normalizer, num_samples, product)
 
     def _add_product(self, total: Tensor, logits: Tensor, targets: Tensor, vector: Tensor, share: float) -> float:
         """Add ``share`` times the product for one batch to ``total`` ``(D,)`` in place, and return the batch's loss.
 
-        ``share`` is 0.5 for a batch of one sample, which runs twice, and 1 for all others.
+        ``share`` is 0.5 for a batch of one sample, because this sample is then in the batch twice, and 1 otherwise.
         """
         parts = [
             part.reshape(leaf.shape).to(leaf)
@@ -185,8 +191,8 @@ def _gradients(
 ) -> Sequence[Tensor | None]:
     """Call ``torch.autograd.grad``, but return None for every input if all gradients are zero.
 
-    They are zero if ``output`` does not require gradients. They are also zero if ``output`` is no scalar and ``weight``
-    is None, which then stands for zeros.
+    They are zero if ``output`` does not require gradients. They are also zero if ``weight`` is None and ``output`` is
+    no scalar, because None then stands for a weight of zeros.
     """
     if not output.requires_grad or (weight is None and output.ndim):
         return [None] * len(inputs)

@@ -1,4 +1,4 @@
-"""Run a block of code without leaving a trace on the model, its attributes or random number generators."""
+"""Run a block of code, and then restore the model, its attributes and the random number generators."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
     if wrapped or any(type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") for p in parameters):
         raise LayerSelectionError(
             f"The weights of '{name or type(module).__name__}' are sharded over processes, so they cannot be measured "
-            "here. Train with strategy='ddp', or load a full checkpoint and call measure_flatness. If FSDP2 "
-            "(fully_shard) has sharded them, use FlatnessCallback, or call the function with sync=True on every rank. "
-            "Weights that FSDP1, tensor parallelism or DeepSpeed stage 3 has sharded cannot be measured at all."
+            "here. If FSDP2 (fully_shard) has sharded them, use FlatnessCallback, or call the function with sync=True "
+            "on every rank. With FSDP1, tensor parallelism or DeepSpeed stage 3, train with strategy='ddp' instead, or "
+            "load a full checkpoint and call measure_flatness."
         )
 
 
@@ -58,7 +58,7 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
 def isolated(model: nn.Module) -> Iterator[WithoutAutocast]:
     """Run a block in evaluation mode, in full precision and with gradients enabled, and restore everything.
 
-    Yields the mode that switches autocast off, which tells whether the forward has entered autocast itself.
+    Yields a :class:`WithoutAutocast`, whose ``was_needed`` says whether the forward has enabled autocast itself.
 
     If the model itself is in evaluation mode already, its submodules keep the modes that the user has set. Inside the
     block, inference mode, backward hooks and autocast are disabled. Autocast is disabled even where the model's forward
@@ -76,8 +76,8 @@ def isolated(model: nn.Module) -> Iterator[WithoutAutocast]:
                 )
         if type(module).__name__ == FABRIC:
             raise LayerSelectionError(
-                f"'{name}' is wrapped by Fabric.setup, which casts its inputs and allows no backward pass but its own. "
-                "Build the model from the plain module, `.module`."
+                f"'{name}' is wrapped by Fabric.setup, which casts its inputs and allows backward passes only through "
+                "Fabric. Build the model from the module inside the wrapper, `.module`."
             )
     with ExitStack() as stack:
         stack.enter_context(differentiable(model))
@@ -182,8 +182,9 @@ def _any_accelerator() -> bool:
 def kept_switched(model: nn.Module) -> Iterator[None]:
     """Keep a model in evaluation mode inside the block if one of its modules overrides ``train()`` or ``eval()``.
 
-    Such a module may make new submodules whenever its mode is changed. Inside the block, all passes find the same
-    submodules. A model that overrides neither method, or has no module in training mode, is left as it is.
+    Such a module may make new submodules whenever its mode changes. With one change for the whole block, all passes
+    find the same submodules. A model is left as it is if its modules override neither method, or if the model itself
+    is in evaluation mode already.
     """
     with _evaluation_mode(model) if _switches_by_itself(model) else nullcontext():
         yield
@@ -193,9 +194,9 @@ def kept_switched(model: nn.Module) -> Iterator[None]:
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode and remove backward hooks; on leaving, restore every attribute of every module.
 
-    The modes of submodules change only if the model itself is in training mode, and as ``model.eval()`` changes them.
-    Inside the block, attributes that are tensors are replaced by copies. So if the forward updates a metric in place,
-    the metric has its old value after the block. Lists and dictionaries get their entries back.
+    If the model itself is in evaluation mode already, its submodules keep their modes. Otherwise, modes change as by
+    ``model.eval()``. Inside the block, attributes that are tensors are replaced by copies. So if the forward updates a
+    metric in place, the metric has its old value after the block. Lists and dictionaries get their entries back.
     """
     with ExitStack() as stack:
         switches = _switches_by_itself(model)

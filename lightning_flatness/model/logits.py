@@ -95,8 +95,8 @@ def any_logits_of(output: Any) -> Tensor:
         )
     if not logits.is_floating_point():
         raise BatchError(
-            f"The logits are numbers of type {logits.dtype}, which have no derivative. Return them as they are before "
-            "argmax, round or a comparison."
+            f"The logits are numbers of type {logits.dtype}, which have no derivative. Return the floating-point "
+            "numbers from before argmax, round or a comparison."
         )
     if logits.ndim != 2:
         hint = " Dense prediction (a class for every pixel or token) is not supported." if logits.ndim > 2 else ""
@@ -118,9 +118,9 @@ def certify_deterministic(first: Tensor, second: Tensor) -> None:
     """Raise an error unless the logits of two forward passes on the same samples agree up to rounding."""
     if differ(first, second):
         raise LayerSelectionError(
-            "Two forward passes on the same samples give different logits in evaluation mode (e.g. by dropout without "
-            "training=self.training, noise in the forward, or statistics of the batch), so the loss and its Hessian "
-            "are not determined."
+            "Two forward passes on the same samples give different logits in evaluation mode, so the loss and its "
+            "Hessian are not determined. The cause may be dropout without training=self.training, noise in the "
+            "forward, or statistics of the batch. Make the forward deterministic in evaluation mode."
         )
 
 

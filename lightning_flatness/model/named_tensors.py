@@ -93,11 +93,14 @@ class NamedTensors:
             if tensor.shape != self[first].shape or tensor.is_complex():
                 raise FlatnessError(
                     f"{name} has shape {tuple(tensor.shape)} and type {tensor.dtype} for '{long_name}', whose shape is "
-                    f"{tuple(self[first].shape)}."
+                    f"{tuple(self[first].shape)}. Give a real tensor of this shape."
                 )
             tensor = measured(tensor.detach(), torch.float64).to(measuring_device(self[first].device))
             if first in direction and not torch.equal(direction[first], tensor):
-                raise FlatnessError(f"{name} has two different entries for one tensor of the model, '{first}'.")
+                raise FlatnessError(
+                    f"{name} has different entries for two names of one tensor of the model, '{first}'. Give one of "
+                    "the two entries, or equal ones."
+                )
             direction[first] = tensor
         if not all(bool(tensor.isfinite().all()) for tensor in direction.values()):
             raise FlatnessError(f"{name} has numbers that are not finite.")

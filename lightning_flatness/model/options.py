@@ -48,10 +48,11 @@ class MeasuringOptions:
             return known[self.dtype]
         except (KeyError, TypeError):  # TypeError: not hashable
             raise FlatnessError(
-                f"dtype={self.dtype!r}: give 'float32' or 'float64', or None for the model's dtype, at least float32."
+                f"dtype={self.dtype!r}: give 'float32' or 'float64', or None for the model's own dtype, with half "
+                "precision raised to float32."
             ) from None
 
 
 def of_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:
-    """Create options from a function's ``locals()``. Every field gets the value of the argument with its name."""
+    """Create options from a function's ``locals()``. Every field gets the value of the argument of the same name."""
     return options(**{field.name: arguments[field.name] for field in fields(options) if field.init})

@@ -47,9 +47,9 @@ class Points:
         self._synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
 
     def fingerprint(self, batches: object = None) -> str:
-        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and the text of ``batches``.
+        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and ``repr(batches)``.
 
-        ``batches`` describes the data, and may be None.
+        ``batches`` describes the data, for example the batch sizes. If it is None, the data do not change the hash.
         """
         digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
         for name in sorted(set(self._tensors.first_names.values())):
@@ -102,8 +102,8 @@ class Points:
         """
         if self._synchronized:
             raise FlatnessError(
-                f"batch_norm='recomputed' is not possible with SyncBatchNorm ('{self._synchronized[0]}'), whose "
-                "processes wait for each other in every forward; use 'kept', or a model with BatchNorm."
+                f"batch_norm='recomputed' is not possible with SyncBatchNorm ('{self._synchronized[0]}'), which makes "
+                "processes wait for each other in every forward pass. Use batch_norm='kept', or a model with BatchNorm."
             )
         if not self._norms:
             return state
@@ -131,8 +131,8 @@ class Points:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise BatchError(
-                "batch_norm='recomputed': a batch has only one value for every channel, which has no variance; give "
-                "larger batches, and drop a last batch of one sample (drop_last=True)."
+                "batch_norm='recomputed': a batch has only one value for every channel, so there is no variance. If "
+                "only the last batch has one sample, drop it (drop_last=True). Otherwise give larger batches."
             ) from error
         if isinstance(statistics, list):
             statistics = [torch.stack(of_buffer) for of_buffer in zip(*statistics, strict=True)]
@@ -141,8 +141,8 @@ class Points:
     def _mapped(self, function: Callable[[State], Any], state: State) -> Any:
         """Return the values of a function at several points, stacked by ``vmap``.
 
-        ``state`` has the values of the tensors at these points, and ``function`` gets those at one point. If ``vmap``
-        fails, now or in an earlier call, or if there is only one point, return a list of values.
+        ``state`` has the values of the tensors at these points. ``function`` is called with the tensors at one point.
+        If ``vmap`` fails, now or in an earlier call, or if there is only one point, return a list of values.
         """
         keys, number = list(state), len(next(iter(state.values())))
         if self._vectorized and number > 1:

@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Precision(NamedTuple):
-    """The state of autocast and the default dtype, which determine a call's precision besides its tensors' dtypes.
+    """The state of autocast and the default dtype, which, with the tensors' dtypes, determine a call's precision.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16):

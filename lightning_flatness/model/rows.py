@@ -86,7 +86,7 @@ class SampleTensors:
     def certified(self, inputs: Any, rows: slice | Tensor, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
         """Return this record, marked as certified. Raise an error if samples of a batch do not run independently.
 
-        The samples ``rows`` must have the same logits, up to rounding, when they run alone as in the whole batch.
+        The samples ``rows`` must have the same logits when they run alone and in the whole batch, up to rounding.
         ``logits_of`` runs the model and returns its logits. If this record is certified already, nothing runs.
         """
         if self.is_certified:
@@ -104,19 +104,20 @@ class SampleTensors:
             call = as_call(inputs)
             kinds = dict.fromkeys(type(entry).__name__ for entry in (*call.arguments, *call.keywords.values()))
             return (
-                f"No tensor in the inputs of the network ({', '.join(kinds)}) has a row for every sample, so that "
+                f"No tensor in the inputs of the network ({', '.join(kinds)}) has a row for every sample, so "
                 "samples cannot be measured in parts, or with max_samples=. Only tensors in tuples, lists, mappings "
-                "and dataclasses are found. Let the network take such tensors, e.g. torch.stack(images) in place of a "
-                "list of images (in a callback, batch_fn= may return other inputs than the step has)."
+                "and dataclasses are found. Let the network take a tensor with a row for every sample, e.g. "
+                "torch.stack(images) instead of a list of images. In a callback, batch_fn= can make these inputs."
             )
         named = zip(_names(inputs), tensors_of(inputs), self.has_rows or (), strict=True)
         found = ", ".join(f"{name} of shape {tuple(tensor.shape)}" for name, tensor, has_rows in named if has_rows)
         return (
             f"When only some rows of {found} are taken, the logits of these samples differ from their logits in the "
-            "whole batch. If all samples share one of these inputs (a table, prompts, a context), which happens to "
-            "have as many rows as there are samples, bind it to the model, model.forward = functools.partial("
-            "model.forward, context=context), and leave it out of the batches (in a callback by batch_fn=). If "
-            "samples depend on each other, no sample has a loss of its own."
+            "whole batch. Perhaps all samples share one of these inputs (a table, prompts, a context), and it happens "
+            "to have as many rows as there are samples. If so, bind it to the model by model.forward = "
+            "functools.partial(model.forward, context=context), and leave it out of the batches (in a callback, with "
+            "batch_fn=). If the samples depend on each other, no sample has a loss of its own, and the network cannot "
+            "be measured."
         )
 
 
@@ -124,8 +125,8 @@ def _cut(tensor: Tensor, rows: slice | Tensor) -> Tensor:
     """Return some rows of a tensor; raise a :class:`BatchError` for a sparse or nested tensor."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise BatchError(
-            f"The inputs have a sparse or nested tensor ({tensor.layout}), of which samples cannot be taken. Give "
-            "dense tensors (in a callback by batch_fn=)."
+            f"The inputs have a sparse or nested tensor ({tensor.layout}), from which single samples cannot be taken. "
+            "Give dense tensors. In a callback, batch_fn= can convert them."
         )
     return tensor[rows]
 

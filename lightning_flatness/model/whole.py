@@ -33,7 +33,7 @@ def whole_model(model: nn.Module) -> nn.Module:
 class WholeWeights:
     """The current weights of a model that FSDP2 has sharded, gathered from all ranks as whole tensors.
 
-    For a model that :func:`whole_model` returns as it is, the object holds no weights, and is False as a ``bool``.
+    The object holds no weights, and its ``bool`` is False, if :func:`whole_model` would return the model itself.
     Creating the object is a collective, so create it on every rank. :meth:`copy_of` is not a collective.
     """
 

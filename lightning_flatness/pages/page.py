@@ -63,7 +63,7 @@ def save_html(
     """
     path = Path(path)
     if path.suffix not in (".html", ".htm"):
-        raise FlatnessError(f"save_html writes .html files, but the name '{path}' does not end in .html.")
+        raise FlatnessError(f"save_html writes .html files, but the name '{path}' does not end in .html or .htm.")
     shown = list(_named(results))
     if not shown and not history:
         raise FlatnessError("save_html has nothing to show. Give a result or history=.")

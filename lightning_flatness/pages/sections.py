@@ -40,21 +40,21 @@ READING = (
     "Lower is flatter: the loss changes less when the weights of the layer change. In spite of its name, "
     "relative flatness is a sharpness, too.",
     "Relative flatness weights the Hessian of the loss by the layer's weights, so that rescaling the layer does not "
-    "change it: the sum, over all pairs of filters w_s and w_t, of ⟨w_s, w_t⟩ times the trace of the block of the "
-    "Hessian that belongs to them (Petzka et al. 2021, arXiv 2001.00939). Neuron-wise: s = t alone.",
-    "Normalised: the same, with every channel that the layer reads scaled to standard deviation one over samples. "
-    "Compare networks by it. It stays the same where channels are rescaled in a way that leaves the network's function "
-    "as it is; the Hessian trace and plain relative flatness do not.",
-    "The curvature is that of the loss with respect to the network's output, without any weights; it is high where "
-    "predictions are unsure. Relative flatness divided by the curvature, or by the loss, shows relative flatness apart "
-    "from the curvature, or apart from the loss. Neither makes networks of different training loss comparable.",
-    "± is one standard error over samples: how far the number would be for other samples of the same kind. It says "
-    "nothing about other seeds of the training. Two numbers differ clearly if their difference is more than two "
+    "change it. It is a sum over all pairs of filters w_s and w_t. Each term is ⟨w_s, w_t⟩ times the trace of the "
+    "pair's block of the Hessian (Petzka et al. 2021, arXiv 2001.00939). Neuron-wise: only the terms with s = t.",
+    "Normalised: relative flatness after every channel that the layer reads is scaled to standard deviation one over "
+    "samples. Compare networks by this measure: rescaling channels does not change it if the network's function stays "
+    "the same. Such a rescaling may change the Hessian trace and plain relative flatness.",
+    "The curvature is the trace of the second derivative of the loss with respect to the logits, without any weights; "
+    "it is high where predictions are unsure. Relative flatness is divided by the curvature, or by the loss, to reduce "
+    "the effect of either. Neither ratio makes networks of different training loss comparable.",
+    "± is one standard error over samples: the typical distance to the value on very many samples of the same kind. "
+    "It says nothing about other training seeds. Two numbers differ clearly if their difference is more than two "
     "standard errors of the difference. The norm of weights ‖W‖ has no error; the error of the neuron-wise measure is "
     "not known.",
-    "Exact means equal, up to rounding, to the number of the full Hessian on these samples: that of the loss with "
-    "respect to the layer's weights. What is not exact says so, and why. (est. ± ...) is the standard error of an "
-    "estimate.",
+    "Exact means that a number equals, up to rounding, the number from the full Hessian on these samples. This is the "
+    "Hessian of the loss with respect to the layer's weights. A number that is not exact is labelled, with the reason. "
+    "(est. ± ...) is the standard error of an estimate.",
     "A number alone says little: it depends on the layer, the loss and the data. Look at the losses and ‖W‖ beside it.",
 )
 READING_OF_SPECTRA = (

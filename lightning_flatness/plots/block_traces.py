@@ -94,8 +94,8 @@ def plot_block_traces(
 def _by_interaction(block: Tensor) -> Tensor:
     """Return indices that sort filters by their angle in the plane of the two leading eigenvectors.
 
-    The eigenvectors are those of the block traces, scaled to a unit diagonal. Two filters, or block traces that are not
-    finite, stay in their order.
+    The eigenvectors are those of the block traces, scaled to a unit diagonal. Filters stay in their order if there are
+    fewer than three, or if block traces are not finite.
     """
     if len(block) < 3 or not bool(block.isfinite().all()):
         return torch.arange(len(block), device="cpu")

@@ -67,7 +67,7 @@ def set_heading(ax: Any, *lines: str) -> None:
 
 
 def broken(line: str, characters: int) -> list[str]:
-    """Wrap one line of a title into rows of ``characters`` characters.
+    """Wrap one line of a title into rows of at most ``characters`` characters.
 
     Rows end after a "; " where possible. A part between two "; " is broken only if it is longer than a row.
 
@@ -141,8 +141,8 @@ def draw_dots(
 ) -> None:
     """Draw a dot and a horizontal error bar for every value; the dots of values that are not exact are hollow.
 
-    The dot of value ``i`` is at height ``heights[i]``, and its bar ends ``errors[i]`` below and above the value. On a
-    logarithmic axis, which has no zero, bars are cut off below all values.
+    The dot of value ``i`` is at height ``heights[i]``, and its bar extends by ``errors[i]`` to the left and right. A
+    logarithmic axis has no zero, so bars on it are cut off a little below the smallest value.
     """
     colour = SERIES[0]
     if any(errors):

@@ -80,7 +80,9 @@ def plot_comparison(
         if not finite(getattr(row, measure) for row in rows):
             raise FlatnessError(f"{measure} is not known for any model; choose other measures=.")
     if ax is not None and len(chosen) > 1:
-        raise FlatnessError(f"ax= has room for one measure, and measures= has {len(chosen)}.")
+        raise FlatnessError(
+            f"ax= has room for one measure, and measures= has {len(chosen)}. Give one measure, or leave out ax=."
+        )
     figure, axes = _panels(ax, len(chosen), len(rows))
     unclear = [_draw_panel(panel, comparison, measure) for panel, measure in zip(axes, chosen, strict=True)]
     axes[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=LEGEND_SIZE)
@@ -177,7 +179,7 @@ def _words(methods: str) -> str:
 
 
 def has_errors(rows: Iterable[ComparedModel], measure: str) -> bool:
-    """Return whether the standard error of a number is known for at least one model, so that it has error bars."""
+    """Return whether the standard error of a number is known for at least one model, so that error bars are drawn."""
     return any(known_error(row.errors.get(measure)) for row in rows)
 
 

@@ -58,9 +58,10 @@ def plot_contour(
         cap: draw losses above ``cap``, even infinite losses, as if they were ``cap``.
         trajectory: coordinates of training steps, ``(points, 2)``, in order of time, from
             :func:`~lightning_flatness.pca_directions`. They are drawn as a line; parts outside the plane are not shown.
-        levels: losses at which contours are drawn, ascending. By default they are evenly spaced in the loss, or in its
-            logarithm if the losses are positive and span more than a factor of ten. To compare planes, give all of them
-            the same levels, such as those of :func:`shared_levels`.
+        levels: losses at which filled contours change colour, ascending. By default they are evenly spaced in the loss,
+            or in its logarithm if the losses are positive and span more than a factor of ten. If ``color`` is given,
+            the lines are at round losses between the first and the last level. To compare planes, give all of them the
+            same levels, such as those of :func:`shared_levels`.
         label: name of the plane, for the title, or for the legend if ``color`` is given.
         color: draw lines of equal loss in this colour instead of filled contours, with the losses written on the
             lines. To compare planes, draw them into the same ``ax``, each with its own ``color`` and ``label``.
@@ -262,7 +263,7 @@ def _draw_trajectory(ax: Any, result: LandscapeResult, trajectory: Any) -> list[
 
 
 def _same_points(one: LandscapeResult, other: LandscapeResult) -> bool:
-    """Return whether two landscapes are at the same points of the same directions."""
+    """Return whether two landscapes have the same axes and were computed at the same points."""
     apart = ("batch_norm", "fingerprint", "loss")  # what does not move the points, or depends on the batches, too
     settings = [name for name in SETTINGS if name not in apart]
     return (
@@ -290,8 +291,8 @@ def plot_kept_and_recomputed(
         The figure and its axes. For planes, the axes are an array of two.
 
     Raises:
-        FlatnessError: the landscapes are at different points or do not have these BatchNorm statistics, or, as for
-            :func:`plot_contour`, a result or an argument cannot be drawn.
+        FlatnessError: the landscapes are at different points, they are not ``"kept"`` and ``"recomputed"`` in this
+            order, or one of them cannot be drawn (see :func:`plot_contour`).
 
     Example:
         >>> import torch
@@ -308,7 +309,7 @@ def plot_kept_and_recomputed(
     if [result.batch_norm for result in pair] != ["kept", "recomputed"]:
         raise FlatnessError(
             "Give a landscape with batch_norm='kept' and one with 'recomputed', in this order. "
-            f"The given ones have '{kept.batch_norm}' and '{recomputed.batch_norm}'."
+            f"The given landscapes have '{kept.batch_norm}' and '{recomputed.batch_norm}'."
         )
     if not _same_points(kept, recomputed):
         raise FlatnessError(

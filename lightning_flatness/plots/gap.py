@@ -65,7 +65,8 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
     ]
     if not rows:
         raise FlatnessError(
-            f"No model has both an outcome and a known {measure}: give compare(outcome=), or choose another measure=."
+            f"No model has both an outcome and a finite {measure}. If outcomes are missing, give compare(outcome=); "
+            "otherwise choose another measure=."
         )
     given = ax
     figure, ax = axes_or_new(ax, 6.0, 4.6)
@@ -108,7 +109,7 @@ def _write_names(ax: Any, names: Sequence[str], dots: Sequence[tuple[float, floa
 
 
 def _box(dot: tuple[float, float], place: tuple[int, int, str], width: float) -> tuple[float, float, float, float]:
-    """Return the left, lower, right and upper end of a name of the given width beside a dot, all in points."""
+    """Return the bounding box (left, lower, right, upper) of a name beside a dot, in points of 1/72 inch."""
     left = dot[0] + place[0] - {"left": 0.0, "center": width / 2, "right": width}[place[2]]
     lower = dot[1] + place[1]
     return left, lower, left + width, lower + NAME_SIZE
@@ -119,7 +120,7 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def _tau(comparison: Comparison, measure: str) -> str:
-    """Return Kendall's τ with its interval, as text; empty if the comparison has no τ of this number."""
+    """Return a text with Kendall's τ of ``measure`` and its interval; empty if the comparison has no such τ."""
     found = next((one for one in comparison.correlations if one.measure == measure), None)
     if found is None:
         return ""

@@ -185,7 +185,7 @@ def _mark(panels: Sequence[Any], epochs: Sequence[int], burn_in: int | None, sto
 
 
 def _mark_best(panels: Sequence[Any], epoch: int, values: Sequence[float | None], label: str) -> None:
-    """Mark the best epoch in all panels: by a line, and by a ring around the value that a panel shows, if it is known.
+    """Mark the best epoch in all panels by a line. If a panel's value in this epoch is known, draw a ring around it.
 
     The upper panel's legend has the ``label``.
     """
@@ -252,8 +252,8 @@ def plot_layer_history(
     keys = list(dict.fromkeys(key for record in history for key in record if key.endswith(suffix)))
     if not keys:
         raise FlatnessError(
-            f"The history has no {measure} of single layers. A callback records them if it measures two or more "
-            "layers; for one layer, use plot_history."
+            f"The history has no {measure} of single layers. A callback records such values if it measures two or more "
+            "layers. For one layer, use plot_history."
         )
     figure, ax = axes_or_new(ax, 7.0, 4.0)
     from matplotlib import colormaps  # axes_or_new comes first: its error says how to install matplotlib

@@ -25,7 +25,7 @@ def drawable_losses(result: LandscapeResult, num_axes: int, function: str, cap: 
     """Return the losses of a landscape, with ``cap`` in place of larger losses.
 
     Raise an error unless the landscape has ``num_axes`` axes and a finite loss. Raise an error too if ``cap`` is given
-    but not above the lowest loss. ``function`` is the name of the user's call, for the error message.
+    but not above the lowest loss. ``function`` is the name of the plotting function, for the error message.
     """
     if not isinstance(result, LandscapeResult) or len(result.axes) != num_axes:
         is_landscape = isinstance(result, LandscapeResult)

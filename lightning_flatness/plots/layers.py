@@ -44,7 +44,7 @@ def plot_layers(
         The figure and its axes.
 
     Raises:
-        FlatnessError: there is no measure of this name, it was not measured, or matplotlib is missing.
+        FlatnessError: ``measure`` is unknown or was not measured, or matplotlib is missing.
 
     Example:
         >>> import torch
@@ -58,7 +58,10 @@ def plot_layers(
     layers = list(report.layers.values())
     values = [getattr(layer, measure) for layer in layers]
     if layers and all(math.isnan(value) for value in values):
-        raise FlatnessError(f"{measure} was not measured; choose another measure=, or add it to measures=.")
+        raise FlatnessError(
+            f"The report has no values of {measure}. Choose another measure=, or measure again with {measure!r} in "
+            "measures=."
+        )
     figure, ax = axes_or_new(ax, 7.0, min(1.4 + 0.2 * max(len(layers), 6), HIGHEST))
     known = finite(values)
     is_logarithmic = bool(known) and min(known) > 0

@@ -46,7 +46,7 @@ def plot_line(
         ends: one or two names. The first labels the point at coordinate 0, the second the point at coordinate 1, where
             :func:`~lightning_flatness.direction_between` puts the other model.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
-        ax: axes to draw into; if the accuracy is drawn, it takes the lower part of their place.
+        ax: axes to draw into; if the accuracy is drawn, its panel takes the lower part of the area of ``ax``.
 
     Returns:
         The figure and the axes of the loss.

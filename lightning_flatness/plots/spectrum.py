@@ -86,7 +86,9 @@ def plot_density(
     # After few Lanczos steps, the largest eigenvalues can lie far outside the range of the Ritz values.
     values = torch.cat([result.ritz_values.flatten(), result.eigenvalues]).double()
     if not bool(values.isfinite().all()):
-        raise FlatnessError("The spectrum has values that are not finite, so it has no density to draw.")
+        raise FlatnessError(
+            "The spectrum has eigenvalues or Ritz values that are not finite, so it has no density to draw."
+        )
     low, high = float(values.min()), float(values.max())
     sigma = default_sigma(low, high) if sigma is None else sigma
     margin = max(4 * sigma, (high - low) / 50)
@@ -157,7 +159,7 @@ def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
     """Return the three lines of the title.
 
     Line 1 has the numbers of parameters, probes and steps, the loss and the data. Line 2 has the kind of spectrum, the
-    trace and the criteria, with errors. Line 3 says what the errors are, and if eigenvalues have not converged.
+    trace and the criteria, with errors. Line 3 explains the errors, and warns of eigenvalues that have not converged.
     """
     trace = f"trace {measured(result.trace, result.trace_stderr)}"
     criteria = f"{_criterion(result)}, C_t = {measured(result.c_t, result.spread['c_t'])}"
@@ -202,7 +204,7 @@ def plot_eigenvalues(
     """
     records = sorted((_numbers(entry) for entry in history), key=lambda record: record["epoch"])
     if not records:
-        raise FlatnessError("plot_eigenvalues needs at least one pair (epoch, SpectrumResult).")
+        raise FlatnessError("The history is empty. Give plot_eigenvalues at least one pair (epoch, SpectrumResult).")
     figure, ax = axes_or_new(ax, 7.0, 4.0)
     epochs = [record["epoch"] for record in records]
     converged = [record.get("converged") is not False for record in records]

@@ -107,7 +107,7 @@ def plot_surface(
 
 
 def _draw_facets(ax: Any, result: LandscapeResult, heights: Tensor, low: float, high: float) -> Any:
-    """Draw the surface. A coarse grid is interpolated to more facets, because every facet has a single colour."""
+    """Draw the surface and return its artist. A coarse grid is interpolated, because a facet has only one colour."""
     parts = [max(1, NUM_FACETS // (len(axis) - 1)) for axis in result.coordinates]
     x, y = torch.meshgrid(*map(_refined, result.coordinates, parts), indexing="ij")
     drawn = _refined(_refined(torch.where(heights.isfinite(), heights, math.nan), parts[0]).T, parts[1]).T

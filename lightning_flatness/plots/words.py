@@ -1,4 +1,8 @@
-"""Texts on figures: names of measures, the measured data, whether numbers are exact, and which are known."""
+"""Make the texts of figures: names of measures, the measured data, and whether numbers are exact.
+
+Other functions of this module check the name of a measure, drop unknown and infinite values, and combine standard
+errors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cautions of a comparison: reasons why models cannot be compared as they are, as frozen dataclasses."""
+"""The cautions of a comparison: problems that limit what can be concluded from it, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ABOUT_NUMBERS = ("not_normalised", FEW_SAMPLES, "few_models")
 
 @dataclass(frozen=True, repr=False)
 class Caution(Record):
-    """A reason why models cannot be compared as they are.
+    """A problem that limits what can be concluded from a comparison of models.
 
     Attributes:
         kind: subject of the caution, a key of :data:`~lightning_flatness.results.CAUTIONS`.

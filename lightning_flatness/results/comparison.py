@@ -77,7 +77,7 @@ class ComparedModel(Record):
     Attributes:
         name: name of the model.
         loss: mean loss over the measured samples.
-        accuracy: share of the measured samples whose largest logit is that of the target.
+        accuracy: share of the measured samples whose target class has the largest logit.
         normalized_relative_flatness: sum of the normalised relative flatness of the layers, in units of the loss.
         relative_flatness: sum of the relative flatness of the layers, in units of the loss.
         relative_flatness_per_loss: relative flatness divided by the mean loss.
@@ -95,9 +95,9 @@ class ComparedModel(Record):
         margin: mean over samples of the difference between the target's logit and the largest other logit.
         feature_spread: mean over samples of ``‖g‖²``, times the mean over classes of ``‖w_k - w̄‖²``. ``g`` is the
             input of the linear classifier, ``w_k`` is a row of its weight, and ``w̄`` is the mean row.
-        outcome: the number that flatness is expected to predict, as the user gave it, such as a generalization gap.
-        errors: mapping from names of numbers to standard errors, which come from the choice of samples and from random
-            estimates, such as probes.
+        outcome: the number that flatness is expected to predict, such as a generalisation gap; given by the user.
+        errors: mapping from a number's name, such as ``"loss"``, to its standard error. Errors come from the choice of
+            samples and from random estimates, such as probes.
         layers: names of the measured layers.
         filters: number of filters of each measured layer.
         features: number of weights per filter, for each measured layer.
@@ -169,10 +169,10 @@ class Comparison(Record):
 
     Attributes:
         models: mapping from names of models to their rows, in the order in which the models were given.
-        cautions: reasons why models cannot be compared as they are.
-        covariances: mapping from names of numbers to covariance matrices, float64 ``(M, M)`` for ``M`` models. Entry
-            ``[i, j]`` is the covariance between the number's errors in models ``i`` and ``j``. Unless ``is_paired``, it
-            is zero for ``i != j``.
+        cautions: problems that limit what can be concluded from the comparison.
+        covariances: mapping from a number's name to a covariance matrix, float64 ``(M, M)`` for ``M`` models. Entry
+            ``[i, j]`` is the covariance between the number's errors in models ``i`` and ``j``. Unless ``is_paired``,
+            entries with ``i != j`` are zero.
         is_paired: whether all models are known to be measured on the same samples. If so, the errors of differences
             take the covariances of the models into account.
         correlations: rank correlations of each number with the outcome, which is the number that flatness is expected
@@ -220,9 +220,9 @@ class Comparison(Record):
     def verdict(self) -> str:
         """Sentences that name the model with the lowest normalised relative flatness, or say why none can be named.
 
-        They call the result a tie if the difference from another model is not clear, and say if standard errors are not
-        known. If this model differs clearly from all other models, they state how much larger the second lowest value
-        is. If there are cautions against comparing the models, the last sentence lists them.
+        If this model differs clearly from all others, the sentences state how much larger the second lowest value is.
+        Otherwise they speak of a tie, or say that the errors of differences are not known. If there are cautions
+        against comparing the models, the last sentence lists them.
         """
         return self._found + self._doubt
 
@@ -253,13 +253,13 @@ class Comparison(Record):
         found = others[second]
         factor = f" ({measured(found.ratio, found.ratio_error)} times)" if found.ratio > 0 else ""
         return (
-            f"{lowest} is {'the flattest' if len(order) > 2 else 'flatter'} by the normalised measure. That of "
+            f"{lowest} is {'the flattest' if len(order) > 2 else 'flatter'} by the normalised measure. The value of "
             f"{second} is larger by {measured(found.value, found.error)}{factor}: a clear difference, of "
             f"{_standard_errors(found)}."
         )
 
     def _unsure(self, lowest: str, tied: Sequence[str], unknown: Sequence[str]) -> str:
-        """Return sentences on ``lowest`` if the difference from some models is not clear, or its error not known."""
+        """Return the verdict if the lead of ``lowest`` over other models is not clear (``tied``) or ``unknown``."""
         text = f"{lowest} has the lowest normalised flatness"
         if tied:
             values = f"values of {named(tied)} are" if len(tied) > 1 else f"value of {named(tied)} is"
@@ -272,7 +272,7 @@ class Comparison(Record):
 
     @property
     def _has_errors(self) -> bool:
-        """Whether there are enough samples for standard errors, i.e. whether no caution is about too few samples."""
+        """Whether the samples suffice for standard errors, i.e. there is no caution about too few samples."""
         return all(caution.kind != FEW_SAMPLES for caution in self.cautions)
 
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
@@ -287,7 +287,7 @@ class Comparison(Record):
         reference = self.reference if reference is None else reference
         for one in (name, reference):
             if one not in self.models:
-                raise FlatnessError(f"There is no model '{one}'; there are {named(names)}.")
+                raise FlatnessError(f"There is no model '{one}'; the models are {named(names)}.")
         if number not in ("loss", "accuracy", *MEASURES):
             raise FlatnessError(f"number={number!r}: give 'loss', 'accuracy' or one of {', '.join(MEASURES)}.")
         value, of_reference = (float(getattr(self.models[one], number)) for one in (name, reference))
@@ -340,7 +340,7 @@ class Comparison(Record):
 
 
 def _standard_errors(found: Difference) -> str:
-    """Return as text how many standard errors a clear difference amounts to."""
+    """Return a clear difference in units of its standard error, as text, such as ``"3.1 standard errors"``."""
     return f"{abs(found.value) / found.error:.2g} standard errors" if found.error else "more than two standard errors"
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
     """Return the main table of a comparison, with a row for every model.
 
-    A row has the normalised relative flatness, its ratio to that of the first model, the losses, the accuracy, the
+    A row has the normalised relative flatness, its ratio to the first model's value, the losses, the accuracy, the
     outcome, and whether the numbers are exact. The caption has the verdict, the cautions and how to read the numbers;
     with ``has_caption=False`` there is no caption.
     """
@@ -104,7 +104,7 @@ def reading(comparison: Comparison) -> str:
     marks = {with_mark(comparison, number, name)[-1] for number in MEASURES for name in comparison.models}
     return (
         "Lower is flatter. Normalised: relative flatness with every channel that the layer reads scaled to "
-        f"standard deviation one; networks are compared by it. times {first}: divided by that of {first}. ±: one "
+        f"standard deviation one; networks are compared by it. times {first}: divided by the value of {first}. ±: one "
         f"standard error over samples. {pairs}"
         + f" ≈: no clear difference from {first}, at most two standard errors." * ("≈" in marks)
         + " ?: error not known." * ("?" in marks)

@@ -76,7 +76,10 @@ class Saved:
                         f"version reads up to {FORMAT}). Update lightning_flatness."
                     )
                 if text["result"] != cls.__name__:
-                    raise FlatnessError(f"There is a {text['result']} in '{path}', not a {cls.__name__}.")
+                    raise FlatnessError(
+                        f"There is a {text['result']} in '{path}', not a {cls.__name__}. Load the file with "
+                        f"{text['result']}.load."
+                    )
                 tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
                 entries = text["fields"] if text["format"] > 1 else _from_format_1(text["fields"], tensors)
                 record: Result = _unpacked(entries, cls, tensors)
@@ -85,7 +88,7 @@ class Saved:
             except Exception as error:  # numpy, zipfile, zlib, struct, json and torch raise errors of many types
                 reason = f"{type(error).__name__}: {error}"
                 raise FlatnessError(
-                    f"'{path}' is not a file of {cls.__name__}.save, or is broken ({reason})."
+                    f"'{path}' was not written by {cls.__name__}.save, or is broken ({reason})."
                 ) from error
         return record
 
@@ -117,7 +120,7 @@ def _packed(value: Any, name: str, arrays: dict[str, Any]) -> Any:
 
 
 def _unpacked(value: Any, kind: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo :func:`_packed`: convert its result to the type ``kind``, or raise an error if the two do not fit."""
+    """Undo :func:`_packed`: convert ``value`` to the type ``kind``, or raise an error if it does not fit this type."""
     parts, origin = get_args(kind), get_origin(kind)
     if NoneType in parts:
         (kind,) = (part for part in parts if part is not NoneType)

@@ -59,8 +59,8 @@ class LayerFlatness(Record):
         channelwise_flatness: ``sum_c sum_{s, s'} <w_sc, w_s'c> Tr(H_{sc, s'c})`` in units of the loss, where ``c`` is
             an input channel and ``w_sc`` the part of filter ``s`` on this channel. Rescaling the input channels does
             not change this measure either. NaN unless the argument ``measures=`` of the measurement names it.
-        num_dead_channels: number of input channels that are constant over the first 128 samples. The normalised measure
-            leaves these channels out; 0 if it was not measured.
+        num_dead_channels: number of input channels that are constant over the first 128 samples. Normalised relative
+            flatness leaves these channels out. The number is 0 if that measure was not computed.
         sampling_errors: mapping from measures to their standard errors over samples, i.e. the typical distance between
             the measure and its value on a large data set from the same distribution. NaN if not known.
         largest_tenth: share of relative flatness that comes from the tenth of the samples whose own relative flatness
@@ -138,20 +138,20 @@ class FlatnessReport(Record):
         layers: mapping from layer names to results, in the order in which the layers run.
         left_out: with ``layers="all"``, mapping from the names of layers that cannot be measured to the reasons.
         loss: mean loss over the measured samples; NaN if the batches have no targets.
-        accuracy: share of the measured samples whose largest logit is that of the target; NaN unless targets are class
+        accuracy: share of the measured samples whose target class has the largest logit; NaN unless targets are class
             indices.
         curvature: mean over samples of the trace of ``Λ``, the loss's second derivative with respect to the logits.
-        loss_name: name of the loss, with options that are not the default. A loss of your own whose name does not say
-            all, such as a lambda, has a hash of its code and options, too.
+        loss_name: name of the loss, with options that are not the default. If the name does not identify a loss of
+            your own, as with a lambda, a hash of its code and options follows.
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
         sampling_errors: mapping from names to standard errors over samples. The names are ``"loss"``, ``"accuracy"``,
-            ``"curvature"`` and names of measures. The error of a measure is that of its sum over layers.
+            ``"curvature"`` and names of measures. For a measure, this is the error of the sum over layers.
         num_groups: number of groups of samples in the jackknife for ``sampling_errors``. A confidence interval
             (``functional.sampling.interval``) uses the t-distribution with ``num_groups - 1`` degrees of freedom.
         samples: per-sample ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and
             ``weight``, ``(N,)`` each; empty unless ``per_sample=True``. The weight of a sample is the weight of its
-            target's class, and 0 for an ignored sample. Loss and curvature are NaN where the weight is 0, although
-            such samples add to the means if there is label smoothing.
+            target's class, and 0 for an ignored sample. Loss and curvature are NaN where the weight is 0. With label
+            smoothing, samples whose class has weight 0 still add to the mean loss and curvature.
         depth: number of convolutions and linear layers of the whole network; 0 if not known.
         batch_norms: number of BatchNorm layers of the whole network.
         fresh_batch_norms: number of BatchNorm layers whose running statistics were never updated.
@@ -220,7 +220,7 @@ class FlatnessReport(Record):
     def relative_flatness_per_curvature(self) -> float:
         """Relative flatness divided by ``curvature``; NaN if ``curvature`` is zero.
 
-        Confident predictions have a small curvature.
+        Confident predictions make both numbers small; the ratio reduces this effect.
         """
         return self.relative_flatness / self.curvature if self.curvature else math.nan
 
@@ -293,7 +293,10 @@ class FlatnessReport(Record):
         return table
 
     def shown(self, measure: str) -> str:
-        """Return the sum of a measure over layers, or a mean such as ``"loss"``, with its errors, as tables show it."""
+        """Return the report's value of a measure with its errors, as text for a table.
+
+        ``measure`` is a sum over layers, such as ``"hessian_trace"``, or a mean over samples, such as ``"loss"``.
+        """
         errors = self.sampling_errors.get(measure, math.nan), self.standard_errors.get(measure, 0.0)
         return measured(getattr(self, measure), *errors)
 

@@ -29,8 +29,8 @@ class LandscapeResult(Record):
         coordinates: values of ``α_i``, float64 ``(n_i,)``, for every axis ``i``.
         losses: mean loss at every point, float64 ``(n_1,)`` or ``(n_1, n_2)``. It may be infinite or NaN, and is NaN at
             points that were not computed.
-        accuracies: accuracy at every point, between 0 and 1. None if targets are not class indices, or if a
-            function as loss has targets outside ``0..K-1``, which it may ignore.
+        accuracies: accuracy at every point, between 0 and 1. None if targets are not class indices. Also None if the
+            loss is a function of your own and there are targets outside ``0..K-1``, which it may ignore.
         computed: boolean mask of the points that were computed.
         origin_loss: mean loss at ``w``, with the model's own BatchNorm statistics.
         origin_accuracy: accuracy at ``w``, with the model's own BatchNorm statistics; None if ``accuracies`` is None.
@@ -38,7 +38,8 @@ class LandscapeResult(Record):
         cosine: cosine of the angle between the two axes; NaN for a line.
         weight_norm: L2 norm of all parameters that are not in ``frozen``.
         normalize: how the axes were scaled. For example, ``"filter"`` means that every filter of an axis was scaled to
-            the norm of the same filter of the weights. Two words with a comma if the axes were scaled differently.
+            the norm of the same filter of the weights. If the axes were scaled differently, there are two words, such
+            as ``"filter, none"``.
         norm: order of the norm for ``normalize``, 1 or 2.
         biases: treatment of biases in normalised axes, ``"zero"`` or ``"scaled"``.
         update: the formula of the points: ``"add"`` for the formula above, or ``"adam"``.

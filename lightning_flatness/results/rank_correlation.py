@@ -41,7 +41,7 @@ class RankCorrelation(Record):
     """Kendall's τ between one number and the outcome, over the models of a comparison.
 
     τ is 1 if the number and the outcome put the models in the same order, and -1 if one order is the reverse of the
-    other. It is near 0 if the orders are unrelated, and NaN if τ is not defined or cannot be computed.
+    other. It is near 0 if the orders are unrelated, and NaN if all models have the same number or the same outcome.
 
     Attributes:
         measure: name of the number, which is a field of :class:`ComparedModel`.

@@ -18,8 +18,8 @@ from lightning_flatness.results.texts import as_html
 class Record(Saved):
     """Base class of results, with a one-line ``repr``, a table for notebooks, and conversion to plain data.
 
-    Subclasses are frozen dataclasses with ``repr=False``. They define ``_line`` and ``table``. Those that hold tensors
-    or mappings have ``eq=False``: they are equal only to themselves. To compare values, use :meth:`to_dict`.
+    Subclasses are frozen dataclasses with ``repr=False``. They define ``_line`` and ``table``. Subclasses with
+    tensors or mappings have ``eq=False``: an object equals only itself. To compare values, use :meth:`to_dict`.
     """
 
     # Names of the fields whose tensors are so short that ``to_dict()`` has them even with ``tensors=False``.
@@ -112,9 +112,10 @@ def _plain(value: Any, tensors: bool) -> Any:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a row of a data frame. Each entry of a nested mapping becomes a value of its own.
+    """Return ``values`` as a row of a data frame, in which each entry of a nested mapping has a column of its own.
 
-    For example, ``{"standard_errors": {"a": 1}}`` becomes ``{"a_standard_error": 1}``. Records are left out.
+    For example, ``{"standard_errors": {"a": 1}}`` becomes ``{"a_standard_error": 1}``. Values that are records are
+    left out.
     """
     row: dict[str, Any] = {}
     for name, value in values.items():

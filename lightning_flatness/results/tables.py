@@ -53,13 +53,13 @@ class LayerInfo(Record):
         kernel: the tensor with respect to which derivatives are taken: ``"parameter"`` for the layer's weight,
             ``"effective"`` for a kernel that the layer computes from its weight.
         deviation: largest relative deviation from autograd that the checks of this layer (certificates) found.
-        backward_passes: number of backward passes per batch, shared by all layers. If random probes stand for classes
-            with little probability mass, this is an upper bound.
+        backward_passes: number of backward passes per batch, shared by all layers. If classes with little probability
+            mass are sampled, this is an upper bound.
         multiplications: number of multiplications per sample, without the passes through the model.
         memory: bytes of the summed block traces, the block traces of one batch, and the filters' Gram matrices.
         precision: lowest precision in which samples were measured, such as ``"bfloat16"`` under autocast.
-        precision_deviation: in half precision, the relative difference of the trace from that in float32, on a few
-            samples; else 0.
+        precision_deviation: in half precision, the relative difference of the trace from the trace in float32, on a
+            few samples; in higher precision 0.
         num_classes: number of columns of the logits; 0 if not known.
 
     Example:
@@ -103,7 +103,7 @@ class LayerInfo(Record):
 
 
 def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
-    """Merge several descriptions of one layer, which may differ, such as those of several processes.
+    """Merge several descriptions of one layer, such as those of several processes, into one.
 
     The result is exact only if all descriptions are exact. It has the largest deviation and the lowest precision of all
     descriptions.
@@ -121,7 +121,7 @@ def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
 def lowest_precision(infos: Sequence[LayerInfo]) -> LayerInfo:
     """Return the description with the lowest precision.
 
-    If several descriptions have it, return the one whose trace deviates most from that in float32.
+    If several have the lowest precision, return the description whose trace differs most from the trace in float32.
     """
     return min(infos, key=lambda info: (BITS[info.precision], -abs(info.precision_deviation)))
 
@@ -222,8 +222,8 @@ def precision_of(layers: Sequence[LayerInfo]) -> str:
     lowest = lowest_precision(layers)
     change = f"{lowest.precision_deviation:+.1%}".replace("%", " %")
     return (
-        f"Features are {lowest.precision}, as in the network's own forward pass; on a few samples this changes the "
-        f"trace by {change} from that with float32 features"
+        f"Features are {lowest.precision}, as in the network's own forward pass; on a few samples the trace differs by "
+        f"{change} from the trace with float32 features"
     )
 
 

@@ -37,9 +37,8 @@ def samples_of(num_samples: int, data: str | None = "") -> str:
 def measured(value: float, sampling_error: float = math.nan, standard_error: float = 0.0) -> str:
     """Return a number as text with its errors, or a dash if the number is NaN.
 
-    ``sampling_error`` is the standard error over samples; it is left out if it is zero, or if it or the value
-    is not finite. ``standard_error`` is the standard error that random probes cause; it is left out if it is zero or
-    not finite.
+    ``sampling_error`` is the standard error over samples; it is shown if it is positive, and both it and the value are
+    finite. ``standard_error`` is the standard error that random probes cause; it is shown if it is positive and finite.
 
     Example:
         >>> measured(1.2345, 0.0421), measured(1234.5, 62.0), measured(1.2345, standard_error=0.1), measured(math.nan)

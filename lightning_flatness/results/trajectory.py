@@ -30,7 +30,7 @@ class TrajectoryResult(Record):
         >>> way = TrajectoryResult(torch.tensor([[3.0, 1.0], [1.0, 0.5], [0.0, 0.0]]), torch.tensor([0.8, 0.1]))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     TrajectoryResult.load(way.save(f"{folder}/way.npz"))
-        TrajectoryResult(3 states in the plane of 80 % and 10 % of their squared distances)
+        TrajectoryResult(3 states; the two axes explain 80 % and 10 % of their squared distances from the origin)
     """
 
     _short: ClassVar[tuple[str, ...]] = ("coordinates", "explained")
@@ -49,7 +49,8 @@ class TrajectoryResult(Record):
 
     def _line(self) -> str:
         shares = " and ".join(f"{100 * share:.0f} %" for share in self.explained.tolist())
-        return f"{number_of(len(self.coordinates), 'state')} in the plane of {shares} of their squared distances"
+        states = number_of(len(self.coordinates), "state")
+        return f"{states}; the two axes explain {shares} of their squared distances from the origin"
 
     def _rows(self) -> list[dict[str, Any]]:
         return [

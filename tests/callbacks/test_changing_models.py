@@ -155,7 +155,7 @@ def test_figures_of_a_model_that_changes(tmp_path, change):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*has another measurement")
+@pytest.mark.filterwarnings("ignore:.*has changed from epoch")
 def test_figures_where_at_the_end_one_layer_is_left(tmp_path):
     def only_one(net):
         net.conv1, net.norm1 = nn.Identity(), nn.Identity()
@@ -169,7 +169,7 @@ def test_figures_where_at_the_end_one_layer_is_left(tmp_path):
     plot_history(callback.history)
 
 
-@pytest.mark.filterwarnings("ignore:.*has another measurement")
+@pytest.mark.filterwarnings("ignore:.*has changed from epoch")
 def test_what_is_logged_for_a_layer_that_is_gone_does_not_stay(tmp_path):
     callback, module = flatness_callback(layers="all"), Changing(last_layer_removed)
     trainer = seeded_fit(tmp_path, callback, module=module)

@@ -213,7 +213,7 @@ REFUSED = {
         "not mean cross-entropy",
     ),
     "other term": (with_another_term, None, {}, "not mean cross-entropy"),
-    "class weights": (of_class_weights, None, {}, "Give options of your cross-entropy to the callback, too"),
+    "class weights": (of_class_weights, None, {}, "If your cross-entropy has options, give them to the callback"),
     "other class weights": (of_class_weights, None, {"class_weight": [1.0, 2.0, 2.0]}, "not mean cross-entropy"),
     "number of weights": (of_class_weights, None, {"class_weight": [1.0, 2.0]}, "class_weight has shape .* 3 classes"),
     "targets": (
@@ -299,7 +299,7 @@ def test_manual_optimization_is_refused_before_it_starts(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": -1}, "strength=-1 must be a number, zero or more. maximize=True trains away"),
+        ({"strength": -1}, "strength=-1 must be a finite number, at least 0. To avoid flat minima"),
         ({"strength": float("inf")}, "strength=inf"),
         ({"strength": True}, "strength=True"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be a whole number"),

@@ -99,7 +99,7 @@ def test_an_error_leaves_no_trace_and_training_goes_on_with_a_warning(tmp_path, 
     bare = Module(breaks=False)
     end = end_of(fit(tmp_path, module=bare), bare)
     module, callback = Module(), KINDS[kind](every_n_epochs=1, on_error="warn")
-    with pytest.warns(UserWarning, match=f"has no {kind} for epoch 1; it failed: .*the model's own"):
+    with pytest.warns(UserWarning, match=f"has no {kind} for epoch 1; the measurement failed: .*the model's own"):
         trainer = fit(tmp_path, callback, module=module)
     assert_same(end_of(trainer, module), end)
     assert epochs(callback) == [0, 2]

@@ -184,7 +184,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_epoch(tmp_path, kin
         fit(tmp_path, KINDS[kind](**options), module=module)
     assert module.training_steps == 0
     module.training_steps = 0
-    with pytest.warns(UserWarning, match=f"has no {kind} for the start of training; it failed: .*{named}"):
+    with pytest.warns(UserWarning, match=f"has no {kind} for the start of training; the measurement failed: .*{named}"):
         fit(tmp_path, KINDS[kind](**options, on_error="warn"), module=module)
     assert module.training_steps == 12
 

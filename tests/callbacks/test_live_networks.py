@@ -60,7 +60,7 @@ def test_network_that_can_be_observed(tmp_path, told, name):
 
 def test_network_that_copies_its_kernels(tmp_path, told):
     # The trial is made on tensors, which are copied by other functions than parameters.
-    assert_as_without(tmp_path, make("CopiesKernels"), told, "uses a kernel in functions other than")
+    assert_as_without(tmp_path, make("CopiesKernels"), told, "a layer's weight is used outside the layer")
 
 
 @guards("layers/trial.py", "if model_copy.keeps_graph:", "if False:", ids="WritesBuffer")

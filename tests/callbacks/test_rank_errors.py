@@ -48,7 +48,7 @@ def test_training_goes_on_with_a_warning(tmp_path, data):
     assert_same(end_of(trainer, module), end)
     assert [record["epoch"] for record in callback.history] == [0, 3]
     (message,) = warned(caught)  # once, as the same happens in epoch 2
-    assert "no flatness for epoch 1; it failed: RuntimeError: something of the model's own" in message
+    assert "no flatness for epoch 1; the measurement failed: RuntimeError: something of the model's own" in message
     assert "\n" not in message
 
 
@@ -104,7 +104,7 @@ def test_a_batch_with_nan(tmp_path):
             super().validation_step(batch, batch_idx)
 
     callback = lf.FlatnessCallback(on_error="warn")
-    with pytest.warns(UserWarning, match="no flatness for epoch 1; it failed: The logits contain NaN") as caught:
+    with pytest.warns(UserWarning, match="epoch 1; the measurement failed: The logits contain NaN") as caught:
         fit(tmp_path, OneNaN(), callback, data=(loaders()[0], DataLoader([(x.clone(), y) for x, y in dataset(22)], 8)))
     assert len(warned(caught)) == 1
     with pytest.raises(lf.BatchError, match="The logits contain NaN"):
@@ -157,7 +157,7 @@ def test_an_error_is_not_kept_for_the_next_run(tmp_path, on_error):
 @pytest.mark.parametrize(("run", "said"), [("validate", "the validation"), ("test", "the test")])
 def test_validation_and_tests_alone(tmp_path, run, said):
     trainer = quiet_trainer(tmp_path, lf.FlatnessCallback(on_error="warn"))
-    with pytest.warns(UserWarning, match=f"no flatness for {said}; it failed"):
+    with pytest.warns(UserWarning, match=f"no flatness for {said}; the measurement failed"):
         getattr(trainer, run)(FailingWhenMeasured({0}), loaders()[1], verbose=False)
 
 
@@ -186,7 +186,7 @@ def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
         with pytest.raises(lf.FlatnessError, match="failed at epoch 3 on rank 1: ValueError: the first"):
             errors.settle("epoch 3")
     else:
-        with pytest.warns(UserWarning, match="no flatness for epoch 3; it failed on rank 1: ValueError: the first"):
+        with pytest.warns(UserWarning, match="for epoch 3; the measurement failed on rank 1: ValueError: the first"):
             assert not errors.settle("epoch 3")
     assert not errors.pending
 

@@ -15,7 +15,7 @@ from tests.guarding import guards
 TRAIN = (loaders()[0],)
 
 
-UNSEEN = "as if no training step had been seen"
+UNSEEN = "the training step does not show clearly what to measure"
 
 
 def prepared(batch):

@@ -285,7 +285,7 @@ def test_wrong_arguments_are_refused(options, message):
 def test_verbose_says_what_improved(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run(tmp_path, [5.0, 4.0, 4.0], [0.5, 0.5, 0.5], lf.FlatnessStopping(burn_in=0, verbose=True))
-    assert f"{MONITOR} 4 (no improvement for 1), val_acc 0.5 (for 2)" in caplog.text
+    assert f"{MONITOR} 4 (validations without improvement: 1), val_acc 0.5 (2)" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------ several metrics

@@ -38,6 +38,32 @@ def test_the_next_fit_may_have_another_callback(tmp_path):
     assert trainer.current_epoch == 1  # patience is used up already, as that of Lightning's EarlyStopping
 
 
+class InTurn(lf.FlatnessCallback):
+    """Measures in epochs that have this remainder by two."""
+
+    remainder = 0
+
+    def is_due(self, trainer):
+        return trainer.current_epoch % 2 == self.remainder
+
+
+@guards(
+    "callbacks/stopping.py",
+    "            return False\n        self._num_measured",
+    "            pass\n        self._num_measured",
+)
+def test_two_callbacks_that_never_measure_together(tmp_path):
+    """Values count when both are new: after every second epoch."""
+    odd = InTurn(prefix="odd", summary=False)
+    odd.remainder = 1
+    keys = ["odd/relative_flatness", "even/relative_flatness"]
+    stopping = lf.FlatnessStopping(keys, burn_in=0, patience=3)
+    callbacks = odd, InTurn(prefix="even", summary=False), stopping
+    trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=20, num_sanity_val_steps=0)
+    trainer.fit(Classifier(lr=0.0), *loaders())
+    assert trainer.current_epoch == 8
+
+
 def test_a_failed_measurement_does_not_count(tmp_path):
     assert counting(tmp_path, lf.FlatnessCallback(on_error="warn"), FailingWhenMeasured({0, 1, 3}, lr=0.0)) == 7
 

@@ -96,7 +96,7 @@ COMMANDS = {
     "no module": (f"small.ckpt --model nowhere.Net {IMAGES}", 1, ["no module 'nowhere'", "PYTHONPATH"]),
     "no attribute": (f"small.ckpt {PROJECT}.Nut {IMAGES}", 1, ["has no 'Nut'"]),
     "no path": (f"small.ckpt --model Net {IMAGES}", 1, ["'Net'", "package.Net"]),
-    "of the script": (f"small.ckpt --model __main__.Net {IMAGES}", 1, ["in the script", "--model script.Net"]),
+    "of the script": (f"small.ckpt --model __main__.Net {IMAGES}", 1, ["in the script", "--model", "script.Net"]),
     "no network": (f"small.ckpt {PROJECT}.Images {IMAGES}", 1, ["makes a Images, not a module"]),
     "wrong type": (f"small.ckpt {PROJECT}.Net {IMAGES} --model.width x", 1, ["--model.width: Expected a int"]),
     "unknown argument": (f"small.ckpt {PROJECT}.Net {IMAGES} --model.wid 3", 1, ["there is no argument 'wid'"]),
@@ -134,11 +134,11 @@ COMMANDS = {
     "several files": ("small.ckpt wide.ckpt", 1, ["measure takes one checkpoint, and 2", "compare takes several"]),
     "data of a function": (
         f"small.ckpt {PROJECT}.Net --data tests.cli.project.pairs", 1,
-        ["--data: tuple is no LightningDataModule", "the class of one, or a function that returns one"],
+        ["--data: tuple is no LightningDataModule", "a LightningDataModule class, or of a function that returns"],
     ),
     "no such targets": (
         f"small.ckpt {PROJECT}.Net {IMAGES} --targets label", 2,
-        ["--targets label: there is no such tensor in a batch, which is a list of length 2"],
+        ["--targets label: a batch has no tensor with this key", "position. The batch is a list of length 2"],
     ),
     "more than inputs": (
         f"small.ckpt {PROJECT}.Net {PROJECT.replace('model', 'data')}.Three --targets label --inputs batch", 2,

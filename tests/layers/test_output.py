@@ -182,7 +182,7 @@ def test_observed_logits_that_are_changed_are_refused():
         model.after = Times(1.001)
         with observer.listen() as listener:
             model(inputs)
-    with pytest.raises(lf.FlatnessError, match="does not return its output"):
+    with pytest.raises(lf.FlatnessError, match="does not return the output of this layer"):
         observer.observed(listener, targets)
 
 
@@ -203,7 +203,7 @@ def test_an_output_that_is_not_the_classifier_is_not_observed():
 
     torch.manual_seed(0)
     model = Beside().double().eval()
-    assert "is neither measured by the closed form nor the classifier" in observed(model, "classifier*", *batch())
+    assert "is not measured by the closed form, and is not the classifier" in observed(model, "classifier*", *batch())
     assert measure(model, layers="classifier*").exact
 
 
@@ -281,7 +281,7 @@ def test_features_that_are_changed_after_a_computed_kernel_are_refused():
             features.mul_(2)
             return logits
 
-    with pytest.raises(lf.LayerSelectionError, match=r"'classifier': the forward changes its input in place"):
+    with pytest.raises(lf.LayerSelectionError, match=r"'classifier': the forward changes the layer's input in place"):
         lf.measure_flatness(Doubled(), [(torch.randn(5, 6), torch.arange(5) % 4)], layers="classifier")
 
 
@@ -303,5 +303,5 @@ def test_a_huge_logit_does_not_hide_a_change_of_the_others():
         assert observer.why_not_live(0.1 * inputs, targets) == ""
         with observer.listen() as listener:
             model(5 * inputs)
-    with pytest.raises(lf.FlatnessError, match="does not return its output"):
+    with pytest.raises(lf.FlatnessError, match="does not return the output of this layer"):
         observer.observed(listener, targets)

@@ -223,15 +223,13 @@ def test_tables_among_the_inputs(monkeypatch):
     parts = lf.measure_flatness(net, [({"x": VECTORS, "table": table}, LABELS)], layers="a")
     assert whole.num_samples == parts.num_samples == 8
     assert_close(parts.relative_flatness, whole.relative_flatness, rtol=1e-12, atol=0)
-    with pytest.raises(lf.BatchError, match="rows of logits for .* samples.*Give as many targets"):
+    with pytest.raises(lf.BatchError, match="rows of logits for .* samples.*give as many targets"):
         lf.measure_flatness(net, [((VECTORS, table), None)], layers="a")
 
 
 def test_a_single_sample_that_gives_one_row_although_it_is_given_twice():
     net = linear_net(lambda net, x: net.c(net.a(x[:1]).relu()))
-    with pytest.raises(
-        lf.BatchError, match="returns 1 row of logits for 1 sample, which the measurement gives it twice"
-    ):
+    with pytest.raises(lf.BatchError, match="returns 1 row of logits for 1 sample, which is duplicated for measuring"):
         lf.measure_flatness(net, [(VECTORS[:1], LABELS[:1])], layers="all")
 
 

@@ -93,7 +93,7 @@ def test_exact_layers_need_none():
 
 
 def test_without_targets_there_is_an_error():
-    with pytest.raises(lf.BatchError, match="residual='hutchinson' depends on the targets"):
+    with pytest.raises(lf.BatchError, match="residual='hutchinson' needs targets"):
         lf.measure_flatness(net(), [X], layers="0", residual="hutchinson")
 
 

@@ -110,7 +110,7 @@ class Stream(IterableDataset):
 
 REFUSED = {
     "path": ("runs/batches.pt", "batches='runs/batches.pt' is a path or text.*give a DataLoader"),
-    "tensor": (X, r"batches is a Tensor, of shape \(6, 3, 8, 8\).*\[inputs\] is one batch"),
+    "tensor": (X, r"batches is a Tensor, of shape \(6, 3, 8, 8\).*one batch without targets, give \[inputs\]"),
     "array": (X.numpy(), "batches is a ndarray, of shape"),
     "arrays": (
         (X.numpy(), Y.numpy()),

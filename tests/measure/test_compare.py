@@ -242,7 +242,7 @@ def test_refusals():
         lf.compare([network(), network()], [samples()], sync=True)
     with pytest.raises(LayerSelectionError, match="Model 'b': .*matches no"):
         lf.compare({"a": network(), "b": nn.Sequential(nn.Linear(4, 3))}, [samples()], layers="2")
-    with pytest.raises(FlatnessError, match="outcome= has other names than the models: only one of the two has 'c'"):
+    with pytest.raises(FlatnessError, match="outcome= must have the names of models=, but 'c' is in only one of them"):
         lf.compare({"a": network(), "b": network()}, [samples()], layers="0", outcome={"a": 1.0, "b": 2.0, "c": 1.0})
     with pytest.raises(FlatnessError, match="outcome= has 1 entries for 2 models"):
         lf.compare([network(), network()], [samples()], layers="0", outcome=[1.0])

@@ -216,7 +216,7 @@ def test_a_saved_result_is_read_without_pickle(tmp_path):
     assert str(again) == str(result)
     assert again.parameters == result.parameters
     (tmp_path / "other").write_text("something else")
-    with pytest.raises(lf.FlatnessError, match="is not a file of SpectrumResult.save"):
+    with pytest.raises(lf.FlatnessError, match="was not written by SpectrumResult.save"):
         lf.SpectrumResult.load(tmp_path / "other")
 
 

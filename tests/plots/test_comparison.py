@@ -153,7 +153,7 @@ def test_names_of_near_models_lie_on_no_dot_and_no_name():
 
 
 def test_without_an_outcome_there_is_no_gap_to_draw():
-    with pytest.raises(FlatnessError, match="No model has both an outcome and a known hessian_trace: give compare"):
+    with pytest.raises(FlatnessError, match="an outcome and a finite hessian_trace. If outcomes are missing, give"):
         plot_gap(comparison([1.0, 2.0]), "hessian_trace")
 
 

@@ -116,7 +116,7 @@ def test_an_infinite_value_is_said_to_be(made_report, drawn, values):
 
 
 def test_what_was_not_measured_is_an_error(made_report):
-    with pytest.raises(lf.FlatnessError, match="neuronwise_flatness was not measured"):
+    with pytest.raises(lf.FlatnessError, match="no values of neuronwise_flatness"):
         plot_layers(made_report(), "neuronwise_flatness")
     with pytest.raises(lf.FlatnessError, match="measure='loss'"):
         plot_layers(made_report(), "loss")

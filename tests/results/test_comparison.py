@@ -33,15 +33,15 @@ def comparison(*values, errors=None, is_paired=False):
 def test_the_verdict_of_a_clear_difference():
     found = comparison(3.0, 1.0, 2.0)
     assert found.verdict == (
-        "b is the flattest by the normalised measure. That of c is larger by 1.00 ± 0.14 (2.0 ± 0.2 times): a clear "
-        "difference, of 7.1 standard errors."
+        "b is the flattest by the normalised measure. The value of c is larger by 1.00 ± 0.14 (2.0 ± 0.2 times): a "
+        "clear difference, of 7.1 standard errors."
     )
 
 
 def test_a_verdict_says_why_models_cannot_be_compared():
     cautions = Caution("train_loss", "..."), Caution("width", "..."), Caution("few_models", "...")
     found = replace(comparison(3.0, 1.0), cautions=cautions)
-    assert found.verdict.startswith("b is flatter by the normalised measure. That of a is larger by 2.00 ± 0.14")
+    assert found.verdict.startswith("b is flatter by the normalised measure. The value of a is larger by 2.00 ± 0.14")
     assert found.verdict.endswith(
         " But the models cannot be compared as they are: training losses differ, layers of different widths."
     )

@@ -127,7 +127,7 @@ def test_a_trajectory_from_before_files_said_what_they_are(tmp_path):
     np.savez(path, coordinates=result.coordinates.numpy(), explained=result.explained.numpy())
     assert_identical(lf.TrajectoryResult.load(path), result)
     np.savez(path, coordinates=result.coordinates.numpy())
-    with pytest.raises(lf.FlatnessError, match="trajectory.npz' is not a file of TrajectoryResult.save"):
+    with pytest.raises(lf.FlatnessError, match="trajectory.npz' was not written by TrajectoryResult.save"):
         lf.TrajectoryResult.load(path)
 
 

@@ -110,9 +110,10 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """Convert a batch to the Trainer's precision and move it to the device, as the Trainer's loops do.
 
     The batch passes through the user's transfer hooks, under a fixed seed: hooks that draw random numbers on the CPU
-    draw the same numbers every time. Random numbers that a hook draws on an accelerator are not fixed. The hooks see a
-    validation, so that they do not augment the batch as in training. What they change in attributes and buffers of the
-    LightningModule and the data module is undone, but for large tensors and collections.
+    draw the same numbers every time. Random numbers that a hook draws on an accelerator are not fixed. The hooks run
+    with ``trainer.validating`` True, so that they do not augment the batch as in training. What they change in
+    attributes and buffers of the LightningModule and the data module is undone, except in large tensors and
+    collections.
     """
     batch = trainer.precision_plugin.convert_input(batch)
     # Without a data module, Trainer.datamodule is None.
@@ -131,7 +132,7 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Replace the small buffers of all modules by copies; on leaving, put the buffers back."""
+    """Let the ``with`` block change only copies of the modules' small buffers; then put the buffers back."""
     tables = [vars(module).get("_buffers", {}) for module in model.modules()]
     before = [dict(table) for table in tables]
     copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers() if buffer.numel() <= MOST_KEPT}
@@ -147,7 +148,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _validating(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """In the block, ``trainer.validating`` is True, and all modules are in evaluation mode; then restore both."""
+    """Set ``trainer.validating`` to True and put all modules into evaluation mode; after the block, restore both."""
     stage, in_training = trainer.state.stage, [module for module in pl_module.modules() if module.training]
     try:
         trainer.validating = True

@@ -37,9 +37,9 @@ MOST_PASSES, MOST_SAMPLES = 10, 1_000_000
 def samples_read(loader: Any, num_batches: float = math.inf, num_ranks: int = 1) -> Tensor:
     """Return the sorted indices of all samples that a loader reads when every rank runs ``num_batches`` batches.
 
-    If the sampler shuffles, return all samples that it can yield, because each epoch begins with other samples. If the
-    sampler's class is unknown, find the samples by drawing a few epochs from a copy of the sampler. With several ranks,
-    this drawing is a collective.
+    If the sampler shuffles, return all samples that it can yield, because the first ``num_batches`` batches have other
+    samples in every epoch. If the sampler's class is unknown, find the samples by drawing a few epochs from a copy of
+    the sampler. With several ranks, this drawing is a collective.
     """
     sampler = sampler_of(loader)
     if not keeps_order(loader):
@@ -86,10 +86,10 @@ def _known(sampler: Any) -> tuple[Tensor, bool] | None:
 
 
 def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
-    """Draw epochs from copies of a sampler or batch sampler on all ranks, and return all indices that these yield.
+    """Return all indices that copies of a sampler or batch sampler yield in a few epochs, on all ranks together.
 
-    If all epochs have the same order, only the first ``limit`` items of an epoch count. An item is an index, or a batch
-    of indices if ``sampler`` is a batch sampler.
+    If all epochs have the same order, return only the indices in the first ``limit`` items of an epoch. An item is an
+    index, or a batch of indices if ``sampler`` is a batch sampler.
     """
     sets: list[Tensor] = []
     error: Exception | None = None
@@ -138,7 +138,7 @@ def _epochs(loader: Any, sampler: Any, limit: float, number: int) -> list[Tensor
         except FlatnessError:
             raise
         except Exception as error:
-            raise _unknown(sampler, f"a copy of it raises a {type(error).__name__}: {error}") from error
+            raise _unknown(sampler, f"a copy of it raises {type(error).__name__}: {error}") from error
     is_ordered = all(torch.equal(indices, epochs[0]) for indices in epochs)
     return [indices[:end] if is_ordered else indices for indices, end in zip(epochs, ends, strict=True)]
 

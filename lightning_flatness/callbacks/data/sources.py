@@ -1,4 +1,4 @@
-"""The sources of the samples to measure. A source consists of the validated batches or of other data."""
+"""The sources of the samples to measure: the validated batches, training data, or the user's own batches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Wanted:
         return split_batch(batch) if self.batch_fn is None else split_by(self.batch_fn, batch)
 
     def before_step(self, batch: Any, model: nn.Module, copies: bool = False) -> Asked:
-        """Read inputs and targets from a batch before its validation step runs, because the step may change them.
+        """Read inputs and targets from a batch before the step that gets it, because the step may change them.
 
         If ``copies``, also copy the inputs. Targets are always copied.
         """
@@ -86,7 +86,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Asked:
-    """The inputs and targets of a batch, as they were before its validation step."""
+    """The inputs and targets of a batch, as they were before its validation or training step."""
 
     inputs: Any  # None if unknown; measured only if is_given, or if no call of the network was recorded
     targets: Tensor | None
@@ -100,7 +100,10 @@ class Asked:
     def own_call(self) -> Call:
         """Return the call of the network with :attr:`inputs` as arguments. Raise an error if the inputs are unknown."""
         if self.inputs is None:
-            problem = "batch_fn= gives no inputs, and the validation step is not seen to call the network."
+            problem = (
+                "batch_fn= gives no inputs, and the validation step was not seen to call the network. Return inputs "
+                "from batch_fn=, too."
+            )
             raise BatchError(self.why_no_targets or problem)
         return as_call(self.inputs)
 
@@ -125,17 +128,18 @@ class Asked:
         return (as_call(self.inputs) if differ else call), self.targets
 
     def refuse_doubtful(self, call: Call) -> None:
-        """Raise a :class:`BatchError` if the batch has tensors for the network that ``call`` lacks and may be targets.
+        """Raise a :class:`BatchError` if it is not certain which tensor of the batch has the targets.
 
-        If the network gets as many tensors as there are besides the targets, or all that may be targets, the targets
-        are certain.
+        It is certain in two cases. Either ``call`` gives the network every other tensor that may have the targets. Or
+        ``call`` gives the network as many tensors as the batch has besides :attr:`targets`.
         """
         given = [tensor for tensor in tensors_of(call) if not equal_inputs(tensor, self.targets)] if self.rivals else []
         if len(given) < self.num_others and not all(_is_among(rival, given) for rival in self.rivals):
             raise BatchError(
-                "It is not certain which tensor of the batch has the targets, because the network gets only some of "
-                "the others. Give batch_fn=, a function from a batch to (inputs, targets). With data='val', "
-                "FlatnessCallback also takes (None, targets): the inputs are those of the validation step."
+                "It is not certain which tensor of the batch has the targets: several tensors may have them, and the "
+                "network does not get all the others. Give batch_fn=, a function from a batch to (inputs, targets). "
+                "With data='val', batch_fn= of FlatnessCallback may return (None, targets); the inputs are then those "
+                "of the validation step."
             )
 
 
@@ -153,7 +157,7 @@ def _is_empty(batch: Any) -> bool:
 
 
 class ValidationBatches:
-    """The validated batches as a source of samples. Every sample counts once, though Lightning may repeat samples.
+    """The validated batches as a source of samples. Samples that a ``DistributedSampler`` repeats are left out.
 
     Args:
         trainer: the Trainer that validates.
@@ -162,8 +166,8 @@ class ValidationBatches:
         num_batches: the number of batches that Lightning validates; infinite if unknown.
 
     Attributes:
-        why_not_observed: reason why the measurement needs extra forward passes instead of those of the validation
-            steps, or an empty string. The reason is ``max_samples=``, with which only parts of batches are measured.
+        why_not_observed: reason why extra forward passes must be made, or an empty string if those of the validation
+            steps can be used. With ``max_samples=`` they cannot, because only parts of batches are measured.
     """
 
     def __init__(self, trainer: Trainer, wanted: Wanted, loader: Any | None, num_batches: float) -> None:
@@ -276,10 +280,10 @@ def sources_of(
 
 
 def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) -> Samples | None:
-    """Before training begins, read one batch of the data to measure, without changing the user's loader.
+    """Read one batch of the data to measure, before training begins and without changing the user's loader.
 
-    Return None if this rank has no samples, if Lightning has not set up validation yet, or if no batch can be read
-    without iterating over the loader.
+    Return its inputs and targets. Return None if this rank has no samples, if Lightning has not set up validation yet,
+    or if no batch can be read without iterating over the loader.
     """
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return next(SeparateData(trainer, pl_module, wanted).rest(), None)

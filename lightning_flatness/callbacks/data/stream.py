@@ -86,7 +86,7 @@ class ValidationStream:
         return mask
 
     def order(self, rows: int, batch_idx: int) -> Tensor | None:
-        """For every row of a batch, return its index in the list of all ranks' measured samples. None if unknown."""
+        """Return the index of each row of a batch in the list of all ranks' measured samples, or None if unknown."""
         positions = None if self._shard is None else self._shard.positions_of_samples(rows, batch_idx)
         if positions is None or self._order is None:
             return positions if self._num_left is None else None
@@ -101,7 +101,7 @@ class ValidationStream:
 
 
 class _Shard:
-    """The part of a :class:`ValidationStream` that comes from one loader, over all ranks.
+    """The samples of a :class:`ValidationStream` over all ranks: their number, their positions and their classes.
 
     Attributes:
         length: number of different samples, 0 if unknown.
@@ -142,7 +142,7 @@ class _Shard:
         """Return a mask of those chosen positions that this rank measures.
 
         If every rank runs all samples, each rank takes an equal part of ``chosen``. If a ``DistributedSampler`` gives
-        every rank other samples, the mask is ``chosen`` itself.
+        every rank different samples, the mask is ``chosen`` itself.
         """
         positions = chosen.nonzero().flatten()
         share = torch.zeros_like(chosen)

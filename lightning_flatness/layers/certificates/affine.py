@@ -58,7 +58,7 @@ def why_not_affine(calls: Calls, logits: Tensor, shift_invariant: bool) -> dict[
 def why_curved(logits: Tensor, node: Tensor, shift_invariant: bool) -> Inexact | None:
     """Return why the logits are not affine in the tensor ``node``; None if they are.
 
-    The test is that of :func:`why_not_affine`. ``node`` is the output or the kernel of one layer.
+    The test is the same as in :func:`why_not_affine`. ``node`` is the output or the kernel of one layer.
     """
     deltas = pull_back(logits, [node], _combination(logits, shift_invariant), create_graph=True)
     second = second_derivatives(deltas, [random_direction(node)], [node], retain_graph=True)

@@ -43,8 +43,8 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
     features, output = recorded.features[0] if len(recorded.features) == 1 else None, recorded.classifier_output
     if not isinstance(features, Tensor) or output is None:
         raise NotClosedFormError(
-            f"it is called {len(recorded.features)} times, or not with a single tensor; the closed form needs "
-            "one linear map."
+            "the closed form needs a classifier that is called once, with a single tensor. Calls of this classifier: "
+            f"{len(recorded.features)}."
         )
     if features.ndim < 2 or (features.ndim > 2 and set(features.shape[2:]) != {1}):
         raise NotClosedFormError(
@@ -108,9 +108,9 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
     Each logit is compared with the same entry of the classifier's output. The difference is divided by the larger of
     the two absolute values. Return the largest quotient.
 
-    With ``shift_invariant``, a number may have been added to all logits of a sample. It is the difference at the
-    likeliest class, and is subtracted from the other differences. The larger absolute value at that class is then
-    added to the divisor.
+    With ``shift_invariant``, the model may have added a number to all logits of a sample. The difference at the
+    likeliest class is taken as this number, and subtracted from all differences. Every divisor is then increased by the
+    divisor of the likeliest class.
     """
     if logits.shape != output.shape:
         raise NotClosedFormError(
@@ -126,12 +126,12 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
     deviation = (difference.abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)).amax()
     if not holds(deviation <= 16 * max(torch.finfo(tensor.dtype).eps for tensor in (output, logits))):
         cause = (
-            "the model returns probabilities; return the logits, the loss applies the softmax itself"
+            "the model returns probabilities. Return the logits instead, because the loss applies the softmax"
             if are_probabilities(logits)
             else "something after it changes the logits, e.g. a temperature, a soft cap, added priors or masked classes"
         )
         raise NotClosedFormError(
-            f"the model does not return its output (relative deviation {deviation:.1e}): {cause}. The "
-            "closed form needs the loss to see the classifier's own output."
+            f"the model does not return the output of this layer (relative deviation {deviation:.1e}): {cause}. The "
+            "closed form holds only if the loss takes the classifier's own output."
         )
     return deviation

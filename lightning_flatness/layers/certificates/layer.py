@@ -15,7 +15,7 @@ from lightning_flatness.layers.recording import LayerCall, kernel_sample
 
 
 class OtherKernelError(LayerSelectionError):
-    """In a user's pass, a layer has another kernel than the one that was certified before."""
+    """The kernel of a layer in a user's pass differs from the certified kernel."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ def certify_layer(
     """Certify that every call of a layer runs exactly one convolution, always with the same kernel; return the kernel.
 
     ``known`` is the kernel that earlier batches have used, or None. If given, this batch must use the same kernel.
-    If ``known`` is the model's parameter and not a copy, comparing entries cannot show that they were overwritten. So
-    if the version counter of the parameter has changed, ``unchanged`` is called. It returns whether a kernel has the
-    same Gram matrix as the kernel of earlier batches. With ``half``, the layer may run in half precision.
+    ``known`` may hold the model's parameter itself instead of a copy. Then comparing entries cannot show that the
+    parameter was written to. So if its version counter has changed, ``unchanged`` is called. It returns whether a
+    kernel has the same Gram matrix as in earlier batches. With ``half``, the layer may run in half precision.
 
     Raises:
         LayerSelectionError: the layer does not return the output of one convolution, its kernel changes, or its input
@@ -61,19 +61,22 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
         )
     if call.has_changed_input:
         raise LayerSelectionError(
-            "the forward changes its input in place after it has run (relu_, +=). Make this change out of place, or "
-            "choose another layer with layers=."
+            "the forward changes the layer's input in place after the layer has run (relu_, +=). Use an out-of-place "
+            "operation, or choose another layer with layers=."
         )
     convolution = call.convolution
     output, weight = convolution.output, convolution.weight
     if output.ndim < 2 if convolution.channel_dimension == -1 else output.ndim != weight.ndim:
-        raise BatchError("it runs on an input without a batch dimension.")
+        raise BatchError(
+            "it runs on an input without a batch dimension. Give inputs whose first dimension counts samples, or "
+            "choose another layer with layers=."
+        )
     if weight.is_complex():
         raise LayerSelectionError("its weights are complex numbers. Choose another layer with layers=.")
     if not half and weight.dtype not in (torch.float32, torch.float64):
         raise BatchError(
             f"it runs with weights in {weight.dtype}, because the forward casts the weights to this type. A Hessian "
-            "needs float32 or float64; leave the casting to the Trainer's precision=."
+            "needs float32 or float64. Remove the cast, or leave the casting to the Trainer's precision=."
         )
     if not half and output.dtype != weight.dtype:
         raise BatchError(
@@ -88,8 +91,8 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
     alias = output.data_ptr() == returned.data_ptr() and output.stride() == returned.stride()
     if call.has_changed_output or output.shape != returned.shape or not (alias or same(output, returned)):
         raise LayerSelectionError(
-            f"its output ({type(call.module).__name__}) is not that of its convolution or linear map, because its "
-            "forward or a hook changes the output afterwards. Make this change in a separate module after the layer."
+            f"it ({type(call.module).__name__}) does not return the output of its convolution or linear map, because "
+            "its forward or a hook changes the output. Make this change in a separate module after the layer."
         )
 
 
@@ -103,7 +106,7 @@ def _certified_kernel(
     kernel = known.value
     for call in calls:
         if call.kernel_sample is not None and not same(call.kernel_sample, kernel.sample):
-            raise OtherKernelError("its kernel in this forward pass is not the one that was certified before.")
+            raise OtherKernelError("its kernel has changed since it was certified.")
     weights = [call.convolution.weight for call in calls]
     if all(known.recognises(identity(weight), every=None) for weight in weights):
         return known
@@ -111,12 +114,15 @@ def _certified_kernel(
     if kernel.parameter is not None and any(weight is kernel.parameter for weight in weights):
         # `kernel` holds the parameter itself, not a copy. Only the Gram matrix shows whether the parameter was changed.
         if not unchanged(kernel.parameter.detach()):
-            raise LayerSelectionError("its kernel was written to since the measurement began.")
+            raise LayerSelectionError(
+                "its kernel was changed in place since the measurement began. Keep the weights constant until all "
+                "batches are measured."
+            )
         known, reference = Known(kernel, identity(kernel.parameter)), kernel.parameter
     if not all(same(weight, reference) for weight in weights):
         raise LayerSelectionError(
-            "it applies another kernel from one call to the next, e.g. one that is computed from its input. So there "
-            "is no single kernel to take the Hessian of. Choose another layer with layers=."
+            "its kernel differs from one call to the next, e.g. because the layer computes it from its input. A "
+            "Hessian needs one kernel for all samples. Choose another layer with layers=."
         )
     return known
 

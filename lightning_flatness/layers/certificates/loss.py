@@ -44,5 +44,5 @@ def why_not_cross_entropy(loss: Tensor, logits: Tensor, targets: Tensor | None, 
         return ""
     return (
         "the loss is not mean cross-entropy of its output: their second derivatives differ by "
-        f"{deviation / max(float(expected.abs().max()), lost):.1e} of the largest"
+        f"{deviation / max(float(expected.abs().max()), lost):.1e} of the largest entry"
     )

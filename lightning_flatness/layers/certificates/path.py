@@ -29,12 +29,12 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
 
     Returns:
         The norm of the difference of the two gradients, divided by the larger of their norms. A gradient is a sum over
-        samples and positions. If its terms cancel, the root of the sum of their squares is the divisor.
+        samples and positions, whose terms may cancel. So the divisor is at least the root of the sum of their squares.
 
     Raises:
         LayerSelectionError: the two gradients differ, because the model also uses the kernel outside the layer (tied
-            weights, a functional call). Or autograd finds no gradient of the kernel, although it finds one of the
-            layer's outputs.
+            weights, a functional call). Or the logits depend on the layer's outputs, but autograd finds no gradient
+            with respect to the kernel.
     """
     expected = kernel_gradient(calls, cotangents)
     if gradient is None and bool(expected.any()):

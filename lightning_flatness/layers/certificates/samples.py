@@ -86,10 +86,11 @@ def certify_rows(logits: Tensor, rows: int) -> None:
     """
     if len(logits) != max(rows, 2):
         returned = f"{len(logits)} row{'s' * (len(logits) != 1)}"
-        given = f"{rows} samples" if rows > 1 else "1 sample, which the measurement gives it twice"
+        given = f"{rows} samples" if rows > 1 else "1 sample, which is duplicated for measuring"
         raise BatchError(
-            f"The model returns {returned} of logits for {given}. The number of samples is that "
-            "of the targets or, without targets, that of the longest input. Give as many targets as rows (in a "
-            "callback by batch_fn=, e.g. if the step takes crops or joins two views), or leave tables that do not "
-            "have one row for every sample out of the inputs."
+            f"The model returns {returned} of logits for {given}. The number of samples is the length of the targets. "
+            "Without targets, or if the inputs are a single tensor, it is the length of the longest input. If a sample "
+            "gives several rows (crops, two views), give as many targets as rows, in a callback by batch_fn=. A single "
+            "input tensor must then have that length, too. If the longest input is a table that all samples share, "
+            "give targets, or leave the table out of the inputs."
         )

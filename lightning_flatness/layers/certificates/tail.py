@@ -70,8 +70,8 @@ def certify_tail(
     Args:
         node: the layer's output ``z``, ``(N, S, *output)``.
         head: the certified head, whose ``features`` are ``g``.
-        logits: the logits with their autograd graph, or None. If given, the tail and the head, which is the map from
-            ``g`` to the logits, are also certified together.
+        logits: the logits with their autograd graph, or None. If given, the whole map from the layer's output to the
+            logits (tail and head together) is certified, too.
         known: the tail that earlier batches have certified, or None.
 
     Raises:
@@ -104,9 +104,9 @@ def certify_tail(
 def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDerivatives, Known[Tail]]:
     """Return the derivatives of a tail that runs in half precision.
 
-    Rounding errors of half precision would hide what :func:`certify_tail` tests. So that test has run in float32, and
-    its result is ``known``, at first without a fingerprint. The first pass in half precision makes the list of its
-    operations the fingerprint. Every later pass must have the same operations.
+    Rounding errors of half precision would hide what :func:`certify_tail` tests. So ``known`` was certified in float32,
+    and has no fingerprint at first. The first pass in half precision sets the fingerprint to the list of the tail's
+    operations. In every later pass, the tail must have the same operations.
 
     Raises:
         NotClosedFormError: the operations differ or cannot be compared, or channels mix.
@@ -114,11 +114,11 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
     tail, operations = known.value, operations_of(head.features, samples=len(node))
     if operations is None:
         raise NotClosedFormError(
-            "in half precision the names of the operations after it must show that no channels mix. Those of "
-            "custom operations, indexing, and reductions before a nonlinear function do not"
+            "after this layer there is a custom operation, indexing, or a reduction before a nonlinear function. In "
+            "half precision, it cannot be certified that such an operation does not mix channels"
         )
     if known.fingerprint not in (None, operations):
-        raise NotClosedFormError("other operations follow it than on the first samples")
+        raise NotClosedFormError("the operations after this layer differ from those on the first samples")
     slopes = _slopes(head.features, [node], create_graph=tail.curved)[0]
     if slopes is None:
         raise NotClosedFormError(NO_GRAPH)
@@ -138,8 +138,7 @@ def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Ten
     is ``c(s)`` from earlier batches, -1 if unknown.
 
     Raises:
-        NotClosedFormError: a product is neither the slopes nor zero, or ``c(s)`` differs from ``known``. So channels
-            mix.
+        NotClosedFormError: channels mix. A product is neither the slopes nor zero, or ``c(s)`` differs from ``known``.
     """
     numbers = torch.arange(features.shape[1], device=features.device)
     over = [dimension for dimension in range(slopes.ndim) if dimension != 1]
@@ -240,9 +239,9 @@ def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
     second = second_derivatives([derivative], [vector], [node], retain_graph=True)
     if isinstance(second, NoSecondDerivative):
         raise NotClosedFormError(
-            f"an operation between it and the classifier has no second derivative in torch ({second.message}), so the "
-            "curvature cannot be certified. Use an equivalent differentiable operation (relu6(x + 3) / 6 for "
-            "hardsigmoid) or choose another layer with layers=."
+            "an operation between this layer and the classifier has no second derivative in torch "
+            f"({second.message}), so the curvature cannot be certified. Use an equivalent differentiable operation "
+            "(relu6(x + 3) / 6 for hardsigmoid) or choose another layer with layers=."
         )
     return second[0]
 
@@ -284,8 +283,9 @@ def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, s
     deviation = _deviation(pulled, expected)
     if not deviation <= 10 * max(_tolerance(logits), _tolerance(columns)):
         raise NotClosedFormError(
-            "the gradients of the logits with respect to its output differ from those computed with the classifier's "
-            f"weights (relative deviation {deviation:.1e}): an operation in between changes gradients but not values."
+            "the gradients of the logits with respect to this layer's output differ from those computed with the "
+            f"classifier's weights (relative deviation {deviation:.1e}): an operation after the layer changes "
+            "gradients but not values."
         )
     return deviation
 
@@ -311,6 +311,7 @@ def _deviation(actual: Tensor, expected: Tensor) -> float:
 
 
 NO_GRAPH = (
-    "the classifier's input does not depend on its output through autograd. The forward detaches it, runs that part "
-    "under torch.no_grad() or as TorchScript, or does not use it. Choose another layer with layers=."
+    "the classifier's input does not depend on this layer's output through autograd. The forward does not use the "
+    "output, detaches it, or runs what follows under torch.no_grad() or as TorchScript. Choose another layer with "
+    "layers=."
 )

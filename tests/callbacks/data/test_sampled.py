@@ -230,9 +230,9 @@ class NotCopied(InTurn):
     ("sampler", "reason"),
     [
         (["a", "b"], "not all whole numbers"),
-        (InTurn(["a", "b"]), "a copy of it raises a TypeError"),
-        (InTurn([(3, 224), (5, 192)]), "a copy of it raises a TypeError"),
-        (NotCopied(), "a copy of it raises a TypeError: cannot pickle a lock"),
+        (InTurn(["a", "b"]), "a copy of it raises TypeError"),
+        (InTurn([(3, 224), (5, 192)]), "a copy of it raises TypeError"),
+        (NotCopied(), "a copy of it raises TypeError: cannot pickle a lock"),
     ],
     ids=["list of names", "names", "indices with sizes", "no copies"],
 )

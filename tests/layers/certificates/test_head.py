@@ -24,7 +24,7 @@ from tests.layers.pooled_net import Apply, PooledNet, X, Y, assert_not_closed_fo
     ids=["temperature", "soft cap", "priors", "masked", "clamped"],
 )
 def test_changed_logits_are_noticed(after):
-    assert_not_closed_form(PooledNet(after=Apply(after)), "'head': the model does not return its output.*temperature")
+    assert_not_closed_form(PooledNet(after=Apply(after)), "'head': the model does not return the output.*temperature")
 
 
 @pytest.mark.parametrize("after", [lambda f: f / 1.5, lambda f: f + torch.tensor([0.5, 0.0, 0.0, 0.0])])
@@ -132,7 +132,7 @@ def test_skip_around_the_classifier_is_noticed():
             g = self.tail(self.conv(x)).mean((2, 3))
             return self.head(g) + g[:, :4]
 
-    assert_not_closed_form(Bypass(), "does not return its output")
+    assert_not_closed_form(Bypass(), "does not return the output of this layer")
 
 
 def test_logits_that_are_clamped_later_are_noticed_then():

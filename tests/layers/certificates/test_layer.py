@@ -89,7 +89,7 @@ def test_layer_that_does_more_than_convolve_is_refused():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    with pytest.raises(lf.LayerSelectionError, match=r"'conv': its output \(Scaled\) is not that of its convolution"):
+    with pytest.raises(lf.LayerSelectionError, match=r"'conv': it \(Scaled\) does not return the output of its"):
         measure(PooledNet(conv=Scaled(2, 6, 3)))
 
 
@@ -209,7 +209,7 @@ class OfInput(nn.Linear):
 def test_a_kernel_that_depends_on_the_input():
     net = linear_net()
     net.a = OfInput(6, 5).double()
-    with pytest.raises(lf.LayerSelectionError, match="'a': it applies another kernel from one call to the next"):
+    with pytest.raises(lf.LayerSelectionError, match="'a': its kernel differs from one call to the next"):
         lf.measure_flatness(net, [(VECTORS - 1, LABELS), (VECTORS + 1, LABELS)], layers="a")
 
 
