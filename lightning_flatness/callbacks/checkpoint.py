@@ -254,8 +254,8 @@ class FlatCheckpoint(ModelCheckpoint):
     def _is_measured_now(self, trainer: Trainer, key: str) -> bool:
         """Return whether the logged value of ``key`` was measured at the present step.
 
-        It may also be of an earlier step, because Lightning keeps logged values. Return True if neither a validation
-        nor a callback of this package logs the key.
+        Lightning keeps logged values, so the value may be of an earlier step. Return True if neither a validation nor a
+        callback of this package logs the key.
         """
         if key in self._of_validation and self._validated_at != trainer.global_step:
             return False

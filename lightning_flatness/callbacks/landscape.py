@@ -79,7 +79,7 @@ class LandscapeCallback(EpochEndCallback):
         prefix: prefix of the figures' tags. Several callbacks in one Trainer need different prefixes.
         model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
             LightningModule and returns the network; by default the network that the first validation step calls, or the
-            LightningModule itself if there is no validation.
+            first training step if there is no validation.
         batch_fn: function that takes a batch and returns ``(inputs, targets)``.
         folder: folder for the files; by default a new folder named ``prefix`` in the folder of the run. Loggers that
             store files get the files, too.

@@ -73,8 +73,8 @@ class Running:
     It records the call of the network in each validation step. If a trial shows that observing changes nothing, it also
     observes the forward pass of that call, which saves an extra pass.
 
-    If the trial fails, stop observing passes for the rest of the run. Stop only for the rest of this measurement if the
-    network is compiled, or if the pass of a later batch cannot be used.
+    If the trial fails, it observes no more passes in this run. If the network is compiled, or if the pass of a later
+    batch cannot be used, it observes no more passes in this measurement.
     """
 
     def __init__(
@@ -184,8 +184,8 @@ class Running:
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
         """Measure samples in an extra forward pass.
 
-        If a trial has shown that passes can be observed, observe this pass, too. It then runs in the same way and
-        precision as the passes of validation. If it raises an error, run this and all later extra passes as usual.
+        If a trial has shown that extra passes can run in the same way and precision as those of validation, run this
+        pass so, and observe it. If this raises an error, run this and all later extra passes as usual.
         """
         self._try_once()
         if self._repeats and ((self._observes and self._is_tried) or self.measurement.observer.repeats):
@@ -246,7 +246,7 @@ class Running:
         raise NotCalledError(
             f"The validation step does not call the network in batch {batch_idx}, unlike in earlier batches. It may "
             "call another module now. Name the network to measure with model=, and give batch_fn=, a function from a "
-            "batch to the (inputs, targets) to measure, or to (None, None) if the step skips the batch."
+            "batch to the (inputs, targets) to measure. It must return (None, None) if the step skips the batch."
         )
 
     def _add_observed(self, call: Call, targets: Tensor | None) -> bool:

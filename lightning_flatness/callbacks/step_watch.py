@@ -29,8 +29,8 @@ class Found:
 
     Attributes:
         network: the network.
-        call: the call to measure, or None. Its tensors are copies, made before the call. Its
-            ``answer`` has the logits that the network returned.
+        call: the call to measure, or None. Its tensors are copies, made before the call. Its ``answer`` has the logits
+            that the network returned.
     """
 
     network: Network

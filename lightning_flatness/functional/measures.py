@@ -1,9 +1,9 @@
 """Flatness measures ``sum(Q * T)`` of block traces ``T``, where the matrix ``Q`` depends on the weights alone.
 
 ``T[s, s']`` is the trace of the Hessian's block for the filters ``s`` and ``s'``, in loss per squared weight. ``T`` and
-the Gram matrix of the filters have the shape ``(G, S/G, S/G)``.
-Pairs of filters in different groups do not contribute (``docs/theory.md``, "Groups"). Relative flatness uses all
-entries. The other measures use only the diagonals of ``T`` and of the Gram matrix, and so also accept ``(G, S/G)``.
+the Gram matrix of the filters have the shape ``(G, S/G, S/G)``. Pairs of filters in different groups do not contribute
+(``docs/theory.md``, "Groups"). Relative flatness uses all entries. The other measures use only the diagonals of ``T``
+and of the Gram matrix, and so also accept ``(G, S/G)``.
 """
 
 from __future__ import annotations

@@ -74,9 +74,9 @@ def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor
     """Add one matrix per sample to the totals, and return two inner products for every sample, float64 ``(N, 2)``.
 
     :class:`Factors` defines the matrix of a sample. Column 0 of the result is the inner product of this matrix with
-    ``matrices.gram``: the sample's relative flatness, without the terms in ``Projection.rest``. Column 1 is the same
-    for normalised relative flatness, from ``factors.normalized`` and ``matrices.normalized``. If one of the two fields
-    of ``matrices`` is None, its column is zero.
+    ``matrices.gram``. It is the Gauss-Newton part of the sample's relative flatness, without the terms in
+    ``Projection.rest``. Column 1 is the same for normalised relative flatness, from ``factors.normalized`` and
+    ``matrices.normalized``. If one of the two fields of ``matrices`` is None, its column is zero.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
     values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)

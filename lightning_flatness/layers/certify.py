@@ -315,9 +315,9 @@ class _Certificates:
     ) -> tuple[dict[str, Inexact | None], Known[None] | None]:
         """Return why the logits are not affine in the kernel of each layer, and the updated ``known.affine``.
 
-        The reason is None if the logits are affine. Layers that failed this test on earlier batches are left out. If
-        the functions in the graph show that all second derivatives are zero, layers that run once are tested only on
-        the first samples and on one of sixteen batches. That finds hooks on tensors, which the graph does not show.
+        The reason is None if the logits are affine. Layers that failed this test on earlier batches are left out. The
+        functions in the graph may show that all second derivatives are zero. Then layers that run once are tested only
+        on the first samples and on one of sixteen batches. That finds hooks on tensors, which the graph does not show.
         """
         logits, known = self.recorded.logits, self.known.affine
         checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in NOT_LABELLED}

@@ -145,8 +145,8 @@ class FlatnessObserver:
     def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
         """Return why the user's forward passes cannot be observed, or an empty string if they can.
 
-        A trial on the first samples of the batch decides (:func:`try_observing`). It runs and observes a pass of our
-        own in the same way as the user's passes: under the current modes and, if ``inputs`` are a recorded
+        A trial on the first samples of the batch decides (:func:`try_observing`). It observes a pass of our own that
+        runs like the user's passes. This pass runs under the current modes and, if ``inputs`` are a recorded
         :class:`Call`, in the precision of that call. The outputs must be bit-identical to those of an unobserved pass.
         The block traces must be those of an unobserved pass, up to rounding. After the pass, the network must not keep
         tensors of the autograd graph alive.

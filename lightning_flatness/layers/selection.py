@@ -65,9 +65,9 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
 def _classifier(traced: Trace) -> str | None:
     """Return the name of the classifier, or None if the last layer that runs is not linear or has no own ``weight``.
 
-    If the output of a layer is the logits, this layer counts as the last one, whatever runs after it.
-    A convolution from one pixel to one pixel counts as linear if its output has as many channels as there are logits.
-    Without a classifier, the logits are assumed to be the pooled output of the last layer, as in SqueezeNet.
+    If the output of a layer is the logits, this layer counts as the last one, whatever runs after it. A convolution
+    from one pixel to one pixel counts as linear if its output has as many channels as there are logits. Without a
+    classifier, the logits are assumed to be the pooled output of the last layer, as in SqueezeNet.
     """
     if not traced.calls or not traced.calls[-1].has_weight:
         return None

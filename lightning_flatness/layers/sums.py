@@ -116,8 +116,8 @@ def layer_sums(layer: CertifiedLayer, traces: BlockTraces, loss: LossDerivatives
     """
     if not holds(traces.total.sum().isfinite()):
         raise BatchError(
-            f"The block traces of layer '{layer.info.name}' are not finite: activations overflow in this batch, or a "
-            "derivative is not finite, e.g. of a square root or norm at zero. Add an epsilon to such a root or norm."
+            f"The block traces of layer '{layer.info.name}' are not finite: activations overflow, or a derivative "
+            "is not finite, e.g. of a square root or norm at zero. Add an epsilon to such a root or norm."
         )
     samples = traces.samples
     if samples is None:

@@ -264,7 +264,7 @@ class _Tracing(TorchFunctionMode):
         return result
 
     def _follow(self, function: str, operands: list[Tensor], result: Any) -> None:
-        """Record a call of a function outside ``CONVOLVING`` that applies a kernel or takes only weights or buffers."""
+        """Record another call that applies a trained kernel, or a result computed from weights and buffers alone."""
         owners = {id(one): self._owner_of(one) for one in operands}
         kernels = [one for one in operands if owners[id(one)] is not None]
         others = [one for one in operands if owners[id(one)] is None and id(one) not in self._buffers]

@@ -115,8 +115,8 @@ def _largest(logits: Tensor) -> Tensor:
 def weights_sample(network: nn.Module) -> Mapping[torch.device, Tensor] | None:
     """Return copies of some entries of every parameter, as one tensor for each device.
 
-    Buffers are left out, because a forward pass may change them. Return None if the entries cannot be read: parameters
-    are sharded over processes, have no shape yet (lazy modules), or are of a tensor subclass that does not allow it.
+    Buffers are left out, because a forward pass may change them. Return None if parameters are sharded over processes,
+    have no shape yet (lazy modules), or are of a tensor subclass that does not allow reading.
     """
     parameters = list(network.parameters())
     if any(is_sharded(parameter) or nn.parameter.is_lazy(parameter) for parameter in parameters):

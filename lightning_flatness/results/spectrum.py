@@ -16,7 +16,7 @@ from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import as_text, number_of
 
 CRITERIA = ("r_e", "k_hn", "c_t")
-NO_DENSITY = "The spectrum has no density, since it was computed with num_probes=0. For one, use num_probes=4 or more."
+NO_DENSITY = "The spectrum has no density, as it was computed with num_probes=0. To get one, use num_probes=4 or more."
 # Names of the values of ``SpectrumResult.matrix`` in tables and figures.
 MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 

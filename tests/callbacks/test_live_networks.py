@@ -32,7 +32,7 @@ NOT_OBSERVED = {
     "Embeddings": "returns more than its classifier's output",
     "AsksForGradients": "returns other values",
     "ChangesEmbeddings": "",
-    "CallsTwice": "neither measured by the closed form",
+    "CallsTwice": "is not measured by the closed form",
 }
 NOT_MEASURED = {
     "Out": "out=... arguments",

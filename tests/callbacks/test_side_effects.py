@@ -260,5 +260,5 @@ def test_a_copy_of_a_compiled_model_is_refused():
     net = Net()
     copied = Net()
     copied.forward = net.forward
-    with pytest.raises(lf.LayerSelectionError, match="none of the model's own convolutions.*'conv1'.*Copy before"):
+    with pytest.raises(lf.LayerSelectionError, match="none of the model's convolutions.*'conv1'.*copy the model"):
         lf.measure_flatness(copied, loaders()[1])

@@ -138,7 +138,7 @@ REFUSED = {
     "number": (3, "batches is a int"),
     "function": (lambda: [(X, Y)], "batches is a function"),
     "model": (NET[0], "batches is a Conv2d"),
-    "loader of one tensor": (DataLoader(TensorDataset(X)), "A batch is a list of length 1.*a tensor of inputs"),
+    "loader of one tensor": (DataLoader(TensorDataset(X)), "A batch is a list of length 1.*one tensor of inputs"),
 }
 
 

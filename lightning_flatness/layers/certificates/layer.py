@@ -115,7 +115,7 @@ def _certified_kernel(
         # `kernel` holds the parameter itself, not a copy. Only the Gram matrix shows whether the parameter was changed.
         if not unchanged(kernel.parameter.detach()):
             raise LayerSelectionError(
-                "its kernel was changed in place since the measurement began. Keep the weights constant until all "
+                "its kernel has been changed in place since the measurement began. Keep the weights constant until all "
                 "batches are measured."
             )
         known, reference = Known(kernel, identity(kernel.parameter)), kernel.parameter

@@ -89,8 +89,8 @@ def certify_rows(logits: Tensor, rows: int) -> None:
         given = f"{rows} samples" if rows > 1 else "1 sample, which is duplicated for measuring"
         raise BatchError(
             f"The model returns {returned} of logits for {given}. The number of samples is the length of the targets. "
-            "Without targets, or if the inputs are a single tensor, it is the length of the longest input. If a sample "
-            "gives several rows (crops, two views), give as many targets as rows, in a callback by batch_fn=. A single "
-            "input tensor must then have that length, too. If the longest input is a table that all samples share, "
-            "give targets, or leave the table out of the inputs."
+            "Without targets, or if the inputs are a single tensor that no step has passed on, it is the length of the "
+            "longest input. If a sample gives several rows (crops, two views), give as many targets as rows, in a "
+            "callback by batch_fn=. A single input tensor must then have that length, too. If the longest input is a "
+            "table that all samples share, give targets, or leave the table out of the inputs."
         )

@@ -284,7 +284,7 @@ def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, s
     if not deviation <= 10 * max(_tolerance(logits), _tolerance(columns)):
         raise NotClosedFormError(
             "the gradients of the logits with respect to this layer's output differ from those computed with the "
-            f"classifier's weights (relative deviation {deviation:.1e}): an operation after the layer changes "
+            f"classifier's weights (relative deviation {deviation:.1e}). An operation after the layer changes "
             "gradients but not values."
         )
     return deviation
