@@ -140,8 +140,8 @@ def find_classifier(calls: Sequence[StepCall], layers: dict[str, nn.Module], why
     if not reasons:
         raise FlatnessError(
             "FlatnessPenalty finds no classifier. The training step must call an nn.Linear of the LightningModule, or "
-            "a convolution on pooled features, with gradients. Functional calls such as F.linear are not seen. The "
-            "output must have shape (samples, classes). "
+            "a convolution on pooled features. Functional calls such as F.linear are not seen. The output of the call "
+            "must require gradients and have shape (samples, classes). "
             f"{BY_HAND}"
         )
     raise FlatnessError(

@@ -293,7 +293,7 @@ class FlatnessPenalty(Callback):
     def _targets_for(self, call: StepCall) -> Tensor | None:
         """Return the batch's targets if the penalty needs them, or None otherwise.
 
-        With class weights, the penalty needs targets of any kind. Without class weights, it needs them only if they are
+        With class weights, the penalty always needs the targets. Without class weights, it needs them only if they are
         class indices, some of which may be ignored. Other targets, such as class probabilities, are assumed to sum to
         one for every sample, so they are not needed.
         """

@@ -204,7 +204,7 @@ def _is_of_a_config(value: Any) -> bool:
 
 
 def _note(checkpoint: Checkpoint, made: Any, class_path: str, unused: Sequence[str]) -> str:
-    """Return a note on the ``unused`` hyper-parameters that no base class takes either; ``""`` if there are none."""
+    """Return a note on those ``unused`` hyper-parameters that no base class takes; ``""`` if there are none."""
     bases = inspect.getmro(made) if inspect.isclass(made) else ()
     of_bases = set().union(*(_parameters(base)[0] for base in bases))
     unknown = [name for name in unused if name not in of_bases]

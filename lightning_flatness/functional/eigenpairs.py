@@ -224,9 +224,9 @@ class _Search:
         return float((first @ parts).abs() / (1 + parts @ parts).sqrt())
 
     def _parts(self) -> Tensor:
-        """Return the components of an eigenvector along the Ritz vectors, divided by its component along ``following``.
+        """Return what an eigenvector with the eigenvalue ``level`` would have as components along the Ritz vectors.
 
-        The eigenvalue of this eigenvector is ``level``.
+        They are divided by its component along ``following``.
         """
         return self._beyond * self._coefficients[-1] / (self._level - self.values)
 

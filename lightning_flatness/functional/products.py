@@ -108,7 +108,7 @@ def _add_some(
     some: slice,
     buffers: Sequence[Tensor | None],
 ) -> Tensor:
-    """Add one strip of the matrices of the ``n`` samples ``some`` to the totals.
+    """Add one strip to ``totals``, summed over the ``n`` samples in the slice ``some``.
 
     Return what the strip contributes to the result of :func:`add_products`, ``(n, 2)``.
     """

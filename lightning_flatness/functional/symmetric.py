@@ -40,10 +40,10 @@ def mirror_(upper: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Folded:
-    """Symmetric matrices ``(G, S, S)``, stored as strips of their upper triangles, or diagonals ``(G, S)``.
+    """Either symmetric matrices ``(G, S, S)`` or diagonals ``(G, S)``.
 
-    Diagonals are stored unchanged. The strips of a large matrix take little more than half of its memory. A matrix with
-    at most :data:`KEPT_STRIP` rows is one strip.
+    Diagonals are stored unchanged, matrices as strips of their upper triangles. The strips of a large matrix take
+    little more than half of its memory. A matrix with at most :data:`KEPT_STRIP` rows is one strip.
     """
 
     strips: Tensor

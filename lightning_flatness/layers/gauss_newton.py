@@ -57,9 +57,10 @@ def gauss_newton_layers(
 ) -> dict[str, BlockTraces]:
     """Return the block traces of each layer that needs backward passes, summed over the samples of a pass.
 
-    Each column of ``B`` takes one backward pass for all layers together. Gradients of weights are not computed. Columns
-    are taken in chunks, so that memory does not grow with the number of classes. If there are many classes, the sum
-    over classes of small weight is estimated by random probes (:func:`is_sampled`), drawn from ``generator``.
+    Run one backward pass for each column of ``B``, which is defined above in this module, for all layers together. Do
+    not compute gradients of weights. Take columns in chunks, so that memory does not grow with the number of classes.
+    If there are many classes (:func:`is_sampled`), estimate the sum over those that add little by random probes, drawn
+    from ``generator``.
     """
     curvature, tolerance = certified.loss.curvature, options.class_tolerance
     layers = _Layers(certified.need_backward, certified.recorded.logits, weightings, options.diagonal)

@@ -190,7 +190,7 @@ class _Tracing(TorchFunctionMode):
         self._computed: dict[int, tuple[Tensor, tuple[str, str] | None]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Tracing:
-        """Return an empty mode: if a forward deep-copies modules, the copied hooks record nothing in this mode."""
+        """Return a new, empty mode. The hooks of deep-copied modules record in it, not in the original."""
         return _Tracing({})
 
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:

@@ -247,7 +247,7 @@ class FlatnessReport(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether checks against autograd certify that the numbers of every layer are those of the whole Hessian."""
+        """Whether checks against autograd certify for every layer that its numbers are those of its full Hessian."""
         return all(layer.exact for layer in self.layers.values())
 
     @property
