@@ -23,6 +23,7 @@ from lightning_flatness.callbacks.monitors import warn_of_traps
 from lightning_flatness.callbacks.network import (
     Network,
     Within,
+    is_sought,
     named_network,
     network_in_place,
     network_without_step,
@@ -30,7 +31,12 @@ from lightning_flatness.callbacks.network import (
 )
 from lightning_flatness.callbacks.prefixes import UncheckedKey, check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
-from lightning_flatness.callbacks.shown import check_inputs, network_after_unclear_step, warn_of_unseen
+from lightning_flatness.callbacks.shown import (
+    check_inputs,
+    network_after_unclear_step,
+    refuse_late_call,
+    warn_of_unseen,
+)
 from lightning_flatness.callbacks.step_watch import StepWatch, is_watchable
 from lightning_flatness.callbacks.stopwatch import Stopwatch
 from lightning_flatness.checks import check_whole
@@ -158,7 +164,7 @@ class MeasuringCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Record the calls of modules in the first validation step of a run, to find the network and its inputs.
+        """Record the calls of modules in validation steps until one calls the network, to find it and its inputs.
 
         Record them again if the network's module has been replaced since.
         """
@@ -169,7 +175,7 @@ class MeasuringCallback(Callback):
             with self._errors.kept(trainer.world_size):  # and no _measuring, which costs time in every validation
                 now = present_network(before, pl_module, self.model)
                 self._network = now if before is now or not before.is_called else None
-        if self._network is None and not self._errors.pending:
+        if is_sought(self._network) and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._start_watching(pl_module, batch)
 
@@ -232,7 +238,7 @@ class MeasuringCallback(Callback):
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
         self._stop_watching()  # an earlier step may have raised an error
         self._asked = self._wanted.before_step(batch, pl_module, copies=not self._follows_steps)
-        if self._network is None and is_watchable(pl_module):
+        if is_sought(self._network) and is_watchable(pl_module):
             step = "training" if pl_module.trainer.training else "validation"
             self._watch = StepWatch(pl_module, named_network(pl_module, self.model), step)
             self._watch.__enter__()
@@ -247,7 +253,9 @@ class MeasuringCallback(Callback):
         """Find the network among the modules that the step has called, and return the call to measure.
 
         Return None if no recorded call can be measured. If no call was recorded at all, a later step may still call the
-        network. So in the sanity check, in training and with an empty batch, the network stays unknown for now.
+        network. So in the sanity check, in training and with an empty batch, the network stays unknown for now. In
+        other validation steps, warn, and measure the batch's own inputs until a step calls the network. If validated
+        batches were measured like this, that call is an error.
 
         If :attr:`_follows_steps` is True and ``batch_fn=`` gives no inputs, the inputs of the returned call are
         measured. Otherwise the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step
@@ -259,12 +267,14 @@ class MeasuringCallback(Callback):
             watch.__exit__()
         if watch is None or watch.is_empty:
             watched, trainer = watch is not None and not watch.step_is_compiled, pl_module.trainer
-            if watched and (asked.is_empty or trainer.sanity_checking or trainer.training):
+            if self._network or (watched and (asked.is_empty or trainer.sanity_checking or trainer.training)):
                 return None  # a later step will tell
-            self._network = network_without_step(pl_module, self.model)
-            if self._data_name == "val" and not asked.is_given:
+            self._network = network_without_step(pl_module, self.model, is_sought=watched and not asked.is_given)
+            if not asked.is_given:
                 warn_of_unseen(self._name, watched)
             return None
+        if self._network is not None and self._follows_steps:
+            refuse_late_call(self._name)
         found = watch.found(asked.inputs, asked.is_given)
         self._network = found.network
         if found.call is not None:

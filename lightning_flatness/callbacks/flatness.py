@@ -14,7 +14,7 @@ from lightning_flatness.callbacks.data.loaders import flat_loaders, validated_lo
 from lightning_flatness.callbacks.data.sources import Samples, first_samples, sources_of
 from lightning_flatness.callbacks.flatness_history import FlatnessHistory
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
-from lightning_flatness.callbacks.network import Network
+from lightning_flatness.callbacks.network import Network, is_sought
 from lightning_flatness.callbacks.running import PassesOfRun
 from lightning_flatness.callbacks.stopwatch import Stopwatch, in_words
 from lightning_flatness.callbacks.validation import Validation, settle
@@ -241,7 +241,7 @@ class FlatnessCallback(FlatnessHistory):
         network, follows = self._network, self._data_name == "val" and not self._errors.pending
         if self._running is not None and network is not None and follows:
             with self._measuring(trainer, pl_module):
-                asked = self._start_watching(pl_module, batch)
+                asked = self._asked or self._start_watching(pl_module, batch)
                 self._running.before_step(asked, network, dataloader_idx)
 
     def on_validation_batch_end(
@@ -260,7 +260,7 @@ class FlatnessCallback(FlatnessHistory):
         """
         if (self._running or self._asked) and not self._errors.pending:
             with self._measuring(trainer, pl_module):
-                asked, is_watched = self._asked, self._network is None
+                asked, is_watched = self._asked, is_sought(self._network)
                 call = self._find_network(pl_module) if asked is not None and is_watched else None
                 certify_weights(call)
                 network = self._network  # None if no step has called it yet

@@ -27,6 +27,7 @@ class Network:
         is_called: False if no call in the steps can be measured. Then the inputs in the batch or from ``batch_fn=`` are
             measured.
         is_named: whether ``model=`` names the network.
+        is_sought: True while no step has been seen to call a network. Then later validation steps are watched, too.
     """
 
     module: nn.Module
@@ -35,6 +36,7 @@ class Network:
     on_batch: bool = False
     is_called: bool = True
     is_named: bool = False
+    is_sought: bool = False
 
 
 class Within(nn.Module):
@@ -91,10 +93,18 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
     return Network(network, is_named=True)
 
 
-def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
+def is_sought(network: Network | None) -> bool:
+    """Return whether no step has been seen to call the network, so that the next step is to be watched."""
+    return network is None or network.is_sought
+
+
+def network_without_step(
+    pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None, is_sought: bool = False
+) -> Network:
     """Return the network that ``model`` names, or the LightningModule if ``model`` is None.
 
-    Use this function if no training or validation step was seen to call a network.
+    Use this function if no training or validation step was seen to call a network. ``is_sought`` says whether later
+    steps are watched.
     """
     named = named_network(pl_module, model)
     if named is None and not is_overridden("forward", pl_module) and "forward" not in vars(pl_module):
@@ -104,7 +114,7 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
             "network. Use model=... to name the attribute that is the network. The LightningModule has these "
             f"submodules: {children}."
         )
-    return replace(named or Network(pl_module), is_called=False)
+    return replace(named or Network(pl_module), is_called=False, is_sought=is_sought)
 
 
 def present_network(

@@ -128,8 +128,8 @@ class Validation:
 
     def _of_step(self, loader: int, network: Network) -> Running:
         running = self._of(loader, network)
-        # If no step calls the network, model= may be a function that makes a new module at every call.
-        if network.is_called and running.network.module is not network.module:
+        # Until a step calls the network, model= may be a function that makes a new module at every call.
+        if running.network.is_called and running.network.module is not network.module:
             raise BatchError(
                 "Within this validation, another module has been put in the network's place, so the validation would "
                 "be measured on two networks. Replace the network before the first batch, e.g. in "

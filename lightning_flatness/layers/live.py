@@ -27,7 +27,8 @@ class Listener:
     At most one call is recorded: the first call on the very objects ``inputs``. If there is no such call and ``only``
     is False, it is the first call on other objects. If ``inputs`` is None, it is the first call of all. :attr:`call`
     holds copies of the recorded call's arguments, and the model's :class:`Answer`. If the recorded call is not on
-    ``inputs``, :attr:`num_others` counts the later calls on objects other than those of the recorded call.
+    ``inputs``, :attr:`num_others` counts the later calls on objects other than those of the recorded call. A call that
+    raises an error does not count, because the user's code may catch the error and skip the batch.
 
     Errors of the package are never raised in the user's code, only in :meth:`result`. If observing makes the forward
     fail, the listener runs the forward again without observing it. After the call, the grad mode and the inference mode
@@ -121,9 +122,11 @@ class Listener:
         counts = not self._is_called and (self._wanted is None or not self._only or self._is_wanted(called))
         takes_over = counts and self._is_wanted(called) and not self._is_wanted(self._called)
         if not counts or (self._called is not None and not takes_over):
-            if counts and not self._is_wanted(self._called) and not same_inputs(called, self._called):
-                self.num_others += 1
-            return forward(*arguments, **keywords)
+            is_other = counts and not self._is_wanted(self._called) and not same_inputs(called, self._called)
+            output = forward(*arguments, **keywords)
+            self.num_others += is_other
+            return output
+        before = self._called, self.call, self.num_others
         self._recorded, self.num_others = None, 0
         self._called, self.call = called, called.copied()
         self.reason = "observing is not asked for" if self._recorder is None else self._why_not_now()
@@ -137,6 +140,9 @@ class Listener:
                 self.output = forward(*arguments, **keywords)
             weights = weights_sample(self._model) if self._compares_weights else None
             self.call = self.call._replace(answer=Answer(self._model, self.output, weights))
+        except BaseException:
+            self._called, self.call, self.num_others = before
+            raise
         finally:
             self._is_called = False
         if self._recorded is None or self._recorded.has_classifier:

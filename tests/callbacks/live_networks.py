@@ -219,6 +219,7 @@ class Bomb(Plain):
 
     where = None
     error = ValueError
+    num_raised = 0
 
     def forward(self, x):
         upstream = self.before(x)
@@ -231,6 +232,7 @@ class Bomb(Plain):
 
     def explode(self, where):
         if self.where == where:
+            self.num_raised += 1
             raise self.error("bang")
 
 

@@ -73,7 +73,7 @@ class LogsOneNumber(Callback):
         *[("submodule", 0, False), ("submodule", 2, True), ("submodule in place", 0, True)],
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.compile runs the whole validation step")
+@pytest.mark.filterwarnings("ignore:.*torch.compile runs the whole step")
 def test_compiled(tmp_path, form, sanity, guarded):
     """With hooks guarded, a hook that is left on a compiled module, if only for a time, costs a compilation."""
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not guarded):
@@ -203,7 +203,7 @@ def test_a_compiled_step_is_not_taken_for_a_call_of_the_network(tmp_path, data, 
     callback = lf.FlatnessCallback(data=data, model=model, layers="*conv2", summary=False)
     plain = Classifier()
     if data == "val":
-        with pytest.warns(UserWarning, match="torch.compile runs the whole validation step"):
+        with pytest.warns(UserWarning, match="torch.compile runs the whole step"):
             graphs = validated(tmp_path, "whole in place", "32-true", callback, strategy=CalledThroughWrapper())
         assert validated(tmp_path, "whole in place", "32-true", strategy=CalledThroughWrapper()) == graphs > 0
         measured = loaders(val_samples=32)[1]

@@ -12,7 +12,7 @@ from lightning_flatness.measure.measurement import Measurement
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
 from tests.callbacks.lightning_modules import loaders, quiet_trainer
-from tests.callbacks.live_runs import OBSERVES, OWN, Module, assert_as_without, make, validated
+from tests.callbacks.live_runs import OBSERVES, Module, assert_as_without, make, validated
 from tests.guarding import guards
 
 
@@ -204,16 +204,34 @@ class Catches(Module):
             self.net.where = None
 
 
+def leaves_out_the_second_batch(batch):
+    second = list(loaders(dtype=torch.float64)[1])[1]
+    return None, None if torch.equal(batch[1], second[1]) else batch[1]
+
+
 @guards("layers/live.py", 'self.reason = "the network raised an error"\n                raise', "pass")
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", WHERE)
 def test_error_that_is_caught(tmp_path, told, where, error):
+    made = []
+
+    def make_one():
+        made.append(Catches(networks.Bomb()))
+        made[-1].where, made[-1].error = where, error
+        return made[-1]
+
+    assert_as_without(tmp_path, make_one, told, OBSERVES, batch_fn=leaves_out_the_second_batch)
+    assert error is RuntimeError or [module.net.num_raised for module in made] == [1, 1, 1]
+
+
+def test_error_that_is_caught_is_no_call_of_the_network(tmp_path):
     def make_one():
         module = Catches(networks.Bomb())
-        module.where, module.error = where, error
+        module.where = "after the classifier"
         return module
 
-    assert_as_without(tmp_path, make_one, told, "raised an error" if error is not RuntimeError else OWN)
+    with pytest.raises(lf.BatchError, match=r"does not call the network in batch 1.*\(None, None\)"):
+        validated(tmp_path, make_one, lf.FlatnessCallback())
 
 
 class Throws(Catches):

@@ -184,11 +184,12 @@ def test_a_module_as_model_is_refused(tmp_path):
         fit(tmp_path, flatness_callback(model=module.net), module=module)
 
 
-def test_a_step_that_calls_no_network(tmp_path):
-    callback, module = flatness_callback(), CallsNothing()
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_a_step_that_calls_no_network(tmp_path, data):
+    callback, module = flatness_callback(data=data), CallsNothing()
     with pytest.warns(UserWarning, match="cannot see what the network is given.*batch_fn="):
         fit(tmp_path, callback, module=module)
-    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]))
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[data == "val"]))
 
 
 @pytest.mark.parametrize("name", ["net", "teacher"])

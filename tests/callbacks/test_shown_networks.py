@@ -1,6 +1,7 @@
-"""Which steps show the network: training's if there is no validation, and none that calls nothing."""
+"""Which steps show the network: training's if there is no validation, and the first one that calls a network."""
 
 import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -186,3 +187,58 @@ def test_a_step_that_skips_the_sanity_check(tmp_path, sanity, recwarn):
     fit(tmp_path, callback, module=module, num_sanity_val_steps=sanity)
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, map(prepared, loaders()[1])))
     assert not [warning for warning in recwarn if "cannot see" in str(warning.message)]
+
+
+class SkipsSome(Classifier):
+    """Its validation step calls no network on the first batch, in the first epoch, or on the first loader."""
+
+    def __init__(self, skipped, prepare=prepared):
+        super().__init__()
+        self.skipped, self.split = skipped, prepare
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        first = {"batch": batch_idx, "epoch": self.current_epoch, "loader": dataloader_idx}[self.skipped]
+        if first:
+            super().validation_step(batch, batch_idx)
+
+
+UNKNOWN = "cannot see what the network is given"
+
+
+@guards("callbacks/base.py", "if self._network is not None and self._follows_steps:", "if False:", ids="batch")
+@pytest.mark.parametrize("skipped", ["batch", "epoch", "loader"])
+def test_a_step_that_calls_the_network_only_later_is_refused(tmp_path, skipped):
+    (train, val), module = loaders(), SkipsSome(skipped)
+    data = train, [val, val] if skipped == "loader" else val
+    with (
+        pytest.warns(UserWarning, match=UNKNOWN),
+        pytest.raises(lf.FlatnessError, match=r"did not call it before.*batch_fn=.*\(None, None\)"),
+    ):
+        fit(tmp_path, flatness_callback(), module=module, data=data, num_sanity_val_steps=0)
+
+
+def test_batch_fn_says_what_a_step_skips(tmp_path):
+    first = next(iter(loaders()[1]))[1]
+    callback = flatness_callback(batch_fn=lambda batch: (None, None if torch.equal(batch[1], first) else batch[1]))
+    module = SkipsSome("batch")
+    fit(tmp_path, callback, module=module)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, [*map(prepared, loaders()[1])][1:]))
+
+
+@pytest.mark.parametrize("make", [flatness_callback, KINDS["spectrum"]], ids=["flatness", "spectrum"])
+def test_a_later_step_shows_that_other_data_are_not_prepared(tmp_path, make):
+    with (
+        pytest.warns(UserWarning, match=UNKNOWN),
+        pytest.raises(lf.FlatnessError, match="gives other tensors to the network.*batch_fn="),
+    ):
+        fit(tmp_path, make(data="train"), module=SkipsSome("batch"), num_sanity_val_steps=0)
+
+
+@guards("callbacks/validation.py", "if running.network.is_called and", "if network.is_called and")
+def test_a_later_step_shows_the_network_of_other_data(tmp_path):
+    train, val = loaders()
+    module, callback = SkipsSome("batch", lambda batch: batch), flatness_callback(data="train")
+    with pytest.warns(UserWarning, match=UNKNOWN) as caught:
+        fit(tmp_path, callback, module=module, data=(train, val), num_sanity_val_steps=0)
+    assert sum(UNKNOWN in str(one.message) for one in caught) == 1
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, train))

@@ -1,5 +1,7 @@
 """Listening to a network while its user calls it: which calls are heard, and what is put back."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -54,6 +56,41 @@ def test_arguments_of_every_kind():
                 heard.result()
     assert not same_inputs({"x": x}, {"y": x})
     assert not same_inputs((x,), (x, x))
+
+
+class Fails(networks.Plain):
+    """Fails on negative images."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if x.max() < 0:
+            raise ValueError("negative")
+        return logits
+
+
+def call_or_skip(model, x):
+    """Call the network as a step that catches its errors does."""
+    with contextlib.suppress(ValueError):
+        model(x)
+
+
+@pytest.mark.parametrize("observes", [True, False])
+def test_a_call_that_fails_is_no_call(observes):
+    model, x = Fails().eval(), batch()[0].abs()
+    first, failing, last = x + 1, -x, x + 2
+    recorder = (lambda: Recorder({"conv": model.conv}, model.fc, live=True)) if observes else None
+    for wanted, calls, recorded, num_others in [
+        (None, [failing], None, 0),
+        (None, [failing, last], last, 0),
+        (None, [first, failing], first, 0),
+        (failing, [first, failing, last], first, 1),
+    ]:
+        with torch.inference_mode(), Listener(model, recorder, wanted, only=False) as heard:
+            for one in calls:
+                call_or_skip(model, one)
+        assert (heard.call is None) == (recorded is None)
+        assert recorded is None or torch.equal(heard.call.arguments[0], recorded)
+        assert heard.num_others == num_others
 
 
 class CallsItself(networks.Plain):
