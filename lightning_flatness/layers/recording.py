@@ -265,7 +265,7 @@ class _FunctionMode(TorchFunctionMode):
         result = func(*args, **keywords)
         for argument in (*args, *keywords.values()):
             for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
-                if id(tensor) in self._watched and _uses(func, tensor, args, result):
+                if id(tensor) in self._watched and may_depend(func, tensor, args, result):
                     self.uses.append((self._watched[id(tensor)], getattr(func, "__name__", str(func))))
         if self.weights is not None and func in CONVOLVING:
             self.weights += [one for one in (*args, *keywords.values()) if type(one) is nn.Parameter]
@@ -275,7 +275,7 @@ class _FunctionMode(TorchFunctionMode):
         return result
 
 
-def _uses(func: Callable[..., Any], tensor: Tensor, arguments: tuple[Any, ...], result: Any) -> bool:
+def may_depend(func: Callable[..., Any], tensor: Tensor, arguments: tuple[Any, ...], result: Any) -> bool:
     """Return whether ``result``, which ``func`` returned, may depend on the entries of ``tensor``.
 
     A shape or a dtype does not depend on them, nor does the result of a function such as ``zeros_like``. Return False,
