@@ -118,10 +118,10 @@ def certify_observed(
     Raises:
         FlatnessError: a certificate fails.
     """
-    if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
-        raise LayerSelectionError("a layer's weight is used outside the layer, or by other functions than before")
     certificates = _Certificates(recorded, known, context)
     calls, kernels = certificates.certified_calls({})
+    if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
+        raise LayerSelectionError("a layer's weight is used outside the layer, or by other functions than before")
     head = certificates.certified_head()
     layers, tails = {}, {}
     for name, layer in known.layers.items():
