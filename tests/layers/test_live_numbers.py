@@ -113,6 +113,18 @@ def test_a_layer_that_does_not_run_again_is_named(layers, name):
         observed(observer, model, x + 5, y)
 
 
+def test_a_layer_that_runs_only_later_is_left_out():
+    class Late(Switches):
+        def forward(self, x):
+            extra = self.convs[1](x).relu().mean((2, 3)) if x.mean() > 2 else 0
+            return self.heads[0](self.convs[0](x).relu().mean((2, 3)) + extra)
+
+    model, (x, y) = Late().double().eval(), batch()
+    observer = tried(model, x, y, layers="all")
+    assert list(observed(observer, model, x + 5, y)) == ["convs.0", "heads.0"]
+    assert list(observer.left_out) == ["convs.1"]
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "mse"])
 def test_a_device_is_waited_for_once_a_batch(activation, loss):

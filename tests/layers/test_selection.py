@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import lightning_flatness as lf
 from tests.guarding import guards
-from tests.refused import Net, X, Y, refused
+from tests.refused import Net, X, Y, measure, refused
 
 
 def test_no_convolution():
@@ -49,7 +49,19 @@ def test_only_convolution_is_the_classifier():
 
 
 def test_layer_that_never_runs():
-    refused(lf.LayerSelectionError, "never runs 'idle'.*select only layers that run", layers=["conv", "idle"])
+    message = "does not run 'idle' on the first samples.*select only layers that run on all samples"
+    refused(lf.LayerSelectionError, message, layers=["conv", "idle"])
+
+
+def test_a_layer_that_runs_only_later_is_left_out():
+    class Late(Net):
+        def forward(self, x):
+            extra = self.idle(self.stem(x)).mean((2, 3)) if x.mean() > 2 else 0
+            return self.head(self.conv(self.stem(x)).relu().mean((2, 3)) + extra)
+
+    report = measure(Late(), [(X, Y), (X + 5, Y)], layers="all")
+    assert (list(report.layers), list(report.left_out)) == (["stem", "conv", "head"], ["idle"])
+    assert "runs on later samples, but not on the first ones" in report.left_out["idle"]
 
 
 @pytest.mark.parametrize(("pattern", "meant"), [("covn", "conv"), ("stemm", "stem"), ("features.3", "idle")])
