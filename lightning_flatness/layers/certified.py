@@ -62,6 +62,11 @@ class Certified:
     # Counts the batches since `affine.py` last tested all layers that it has to test; the fingerprint is CANNOT_CURVE.
     affine: Known[None] | None = None
 
+    def left_out_after(self, recorded: Pass) -> dict[str, str]:
+        """Return the layers that are left out, with the layers that run in a pass but not on the first samples."""
+        reason = "it runs on later samples, but not on the first ones, so its Hessian is not a mean over all samples."
+        return {**self.left_out, **{name: f"Layer '{name}': {reason}" for name in recorded.late}}
+
     def without_operations(self) -> Certified:
         """Return a copy without the fingerprints of the tails.
 
@@ -109,7 +114,9 @@ class Context:
     def recorder(self, copy: ModelCopy | None = None) -> Recorder:
         """Return a recorder for a pass of our own on ``copy``, or for the user's forward pass if there is no copy."""
         watched = {name: copy.copy_of(p) if copy else p for name, p in self.selection.parameters.items()}
-        return Recorder(self.selection.modules, self.selection.classifier, watched, live=copy is None)
+        return Recorder(
+            self.selection.modules, self.selection.classifier, watched, self.selection.idle, live=copy is None
+        )
 
     def gram(self, kernel: Tensor, groups: int) -> Folded:
         """Return the Gram matrix of a kernel's filters, or only its diagonal if the measures need only that."""

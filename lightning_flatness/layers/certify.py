@@ -56,7 +56,7 @@ def certify(
         LayerSelectionError: a layer cannot be measured, and it may not be left out.
     """
     certificates = _Certificates(recorded, known, context)
-    first, left_out = certificates.first, dict(known.left_out)
+    first, left_out = certificates.first, known.left_out_after(recorded)
     calls, kernels = certificates.certified_calls(left_out)
     if first:
         question_outputs(recorded.logits, context.options.loss_function)
@@ -118,10 +118,10 @@ def certify_observed(
     Raises:
         FlatnessError: a certificate fails.
     """
-    if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
-        raise LayerSelectionError("a layer's weight is used outside the layer, or by other functions than before")
     certificates = _Certificates(recorded, known, context)
     calls, kernels = certificates.certified_calls({})
+    if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
+        raise LayerSelectionError("a layer's weight is used outside the layer, or by other functions than before")
     head = certificates.certified_head()
     layers, tails = {}, {}
     for name, layer in known.layers.items():
@@ -136,7 +136,8 @@ def certify_observed(
             calls[name] = tuple(map(in_float32, calls[name]))
         layers[name] = replace(layer, kernel=kernels[name], tail=tail)
     outputs = frozenset(name for name, layer in layers.items() if layer.is_output)
-    return CertifiedPass(recorded, loss_at(head.logits), calls, tails, outputs), replace(known, layers=layers)
+    known = replace(known, layers=layers, left_out=known.left_out_after(recorded))
+    return CertifiedPass(recorded, loss_at(head.logits), calls, tails, outputs), known
 
 
 def in_float32(call: LayerCall) -> LayerCall:
@@ -306,8 +307,7 @@ class _Certificates:
                 except NotClosedFormError as error:
                     failures[name] = str(error)
                 else:
-                    layer = layer.with_deviation(tail.value.deviation, float(head.deviation))
-                    layers[name] = replace(layer, tail=tail)
+                    layers[name] = replace(layer.with_deviation(tail.value.deviation, float(head.deviation)), tail=tail)
         return tails, failures
 
     def why_not_affine(

@@ -88,7 +88,7 @@ class FlatnessObserver:
     def left_out(self) -> dict[str, str]:
         """The layers that ``layers="all"`` has left out, each with the reason why it cannot be measured."""
         observed = {} if self._observable is None else self._observable.known.left_out
-        return dict(self._own.known.left_out or observed)
+        return {**observed, **self._own.known.left_out}
 
     def __call__(
         self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None

@@ -66,6 +66,7 @@ class Pass:
     kernel_uses: tuple[tuple[str, str], ...]  # pairs of a layer's name and a function that took its kernel
     eps: float  # machine epsilon of matrix products: of TF32 if torch's flags allow it, else of the logits' dtype
     half: torch.dtype | None = None  # half-precision dtype of layers, classifier or logits; None if there is none
+    late: tuple[str, ...] = ()  # names of idle layers (see Recorder) that ran
 
 
 class Recorder:
@@ -79,6 +80,7 @@ class Recorder:
         classifier: the classifier, or None.
         watched: the kernel of each layer, keyed by layer name. Every function that takes one of these tensors is
             recorded.
+        idle: other layers, keyed by name. The record names those of them that run.
         live: whether the pass runs as the user's passes do. If so, the graph is built even under ``no_grad`` or in
             inference mode, and it ends at the classifier's input. Errors in hooks of the recorder are then kept in
             :attr:`failure` instead of being raised.
@@ -89,12 +91,14 @@ class Recorder:
         layers: Mapping[str, nn.Module],
         classifier: nn.Module | None,
         watched: Mapping[str, Tensor] | None = None,
+        idle: Mapping[str, nn.Module] | None = None,
         live: bool = False,
     ) -> None:
         self.failure: Exception | None = None
         self.has_classifier = classifier is not None  # the graph of a live pass ends at the classifier's input
         self._layers, self._classifier, self._live = layers, classifier, live
         self._calls: dict[str, list[LayerCall]] = {}
+        self._idle, self._late = idle or {}, dict[str, None]()
         self._features: list[Any] = []
         self._classifier_output: Tensor | None = None
         self._reduced: set[str] = set()  # types of devices where torch's flags let float32 run in TF32
@@ -114,7 +118,7 @@ class Recorder:
         uses, features = tuple(self._functions.uses), tuple(self._features)
         seen = [*self.nodes, *features, self._classifier_output, logits]
         half = next((one.dtype for one in seen if isinstance(one, Tensor) and one.dtype in HALF), None)
-        return Pass(inputs, logits, calls, features, self._classifier_output, uses, eps, half)
+        return Pass(inputs, logits, calls, features, self._classifier_output, uses, eps, half, tuple(self._late))
 
     def __enter__(self) -> Recorder:
         if self._live:
@@ -126,6 +130,8 @@ class Recorder:
         for name, module in self._layers.items():
             handles.append(module.register_forward_pre_hook(self._quiet(self._before_layer)))
             handles.append(module.register_forward_hook(self._quiet(partial(self._after_layer, name))))
+        for name, module in self._idle.items():
+            handles.append(module.register_forward_pre_hook(self._quiet(partial(self._before_idle, name))))
         if self._classifier is not None:
             before = self._quiet(self._before_classifier)
             # In the user's pass this hook detaches the input. It runs first, because hooks of the user's may keep the
@@ -162,6 +168,10 @@ class Recorder:
     def _before_layer(self, module: nn.Module, arguments: Any) -> None:
         """Begin a new list for the convolutions that run inside a layer."""
         self._functions.running.append([])
+
+    def _before_idle(self, name: str, module: nn.Module, arguments: Any) -> None:
+        """Record that an idle layer runs."""
+        self._late[name] = None
 
     def _after_layer(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> Any:
         """Record the call of a layer, and return its output as a tensor of the autograd graph."""
@@ -265,7 +275,7 @@ class _FunctionMode(TorchFunctionMode):
         result = func(*args, **keywords)
         for argument in (*args, *keywords.values()):
             for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
-                if id(tensor) in self._watched and _uses(func, tensor, args, result):
+                if id(tensor) in self._watched and may_depend(func, tensor, args, result):
                     self.uses.append((self._watched[id(tensor)], getattr(func, "__name__", str(func))))
         if self.weights is not None and func in CONVOLVING:
             self.weights += [one for one in (*args, *keywords.values()) if type(one) is nn.Parameter]
@@ -275,7 +285,7 @@ class _FunctionMode(TorchFunctionMode):
         return result
 
 
-def _uses(func: Callable[..., Any], tensor: Tensor, arguments: tuple[Any, ...], result: Any) -> bool:
+def may_depend(func: Callable[..., Any], tensor: Tensor, arguments: tuple[Any, ...], result: Any) -> bool:
     """Return whether ``result``, which ``func`` returned, may depend on the entries of ``tensor``.
 
     A shape or a dtype does not depend on them, nor does the result of a function such as ``zeros_like``. Return False,

@@ -25,6 +25,7 @@ class Selection:
     logits: Tensor  # (N, K), of the first samples, on which the layers were chosen
     elements: int  # number of entries per sample in the outputs of all calls of the chosen layers
     passed_over: Mapping[str, str]  # with layers="all": name -> why the module cannot be measured
+    idle: Mapping[str, nn.Module]  # with layers="all": other convolutions and linear layers, which did not run
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -59,6 +60,7 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
         logits=traced.logits,
         elements=sum(prod(call.output_shape[1:]) for call in traced.ran if call.name in names),
         passed_over=traced.passed_over if layers == "all" else {},
+        idle={n: one for n, one in candidates.items() if layers == "all" and n not in {*names, *traced.passed_over}},
     )
 
 
@@ -157,8 +159,8 @@ def _wanted(
         raise LayerSelectionError(traced.passed_over[idle[0]])
     if idle:
         raise LayerSelectionError(
-            f"In evaluation mode, the model's forward never runs {_listing(idle)}. With layers=, select only layers "
-            "that run."
+            f"In evaluation mode, the model's forward does not run {_listing(idle)} on the first samples. With "
+            "layers=, select only layers that run on all samples."
         )
     return [name for name in ran if name in matched]
 

@@ -14,18 +14,24 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from lightning_flatness.layers.convolution import CONVOLUTIONS, CONVOLVING, version_of
+from lightning_flatness.layers.recording import may_depend
 from lightning_flatness.model.logits import logits_of
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
 # The name of a convolution or linear map that the model's own forward applies with a computed kernel.
 UNNAMED = "forward"
 # Other functions that apply a kernel, by the names that `_name_of` gives them. They cannot be measured.
-OTHER_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution"}
+OTHER_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution", "deform_conv2d"}
 TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 PRODUCTS = {
     *("linear", "matmul", "rmatmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "inner", "multi_dot", "chain_matmul"),
-    *("einsum", "tensordot", "bilinear"),
+    *("einsum", "tensordot", "bilinear", "vecdot"),
 }
+DISTANCES = {"cdist", "cosine_similarity", "pairwise_distance"}
+BY_ANOTHER = (
+    " To measure it, apply it by torch.nn.functional.linear, conv1d, conv2d or conv3d, in an nn.Module whose forward "
+    "returns the output."
+)
 
 
 @dataclass(frozen=True)
@@ -158,11 +164,8 @@ def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[st
             "that takes the weight), which no hook sees. To measure the layer, call it: layer(x)."
         )
     if applied.function:
-        return owner or parameter, (
-            f"{named}: its parameter '{parameter}' is applied by {applied.function}, which cannot be measured. To "
-            "measure it, apply it by torch.nn.functional.linear, conv1d, conv2d or conv3d, in an nn.Module whose "
-            "forward returns the output."
-        )
+        reason = f"{named}: its parameter '{parameter}' is applied by {applied.function}, which cannot be measured."
+        return owner or parameter, reason + BY_ANOTHER * (applied.function not in DISTANCES | {"deform_conv2d"})
     what = "linear map" if applied.is_linear else "convolution"
     return owner or parameter or UNNAMED, (
         f"{named}: its forward applies a {what} of its own and does more than that. To measure the {what}, put it into "
@@ -210,21 +213,12 @@ class _Tracing(TorchFunctionMode):
             return
         convolving = [applied for applied in frame.applied if not applied.function]
         if isinstance(module, LAYERS):
-            output_shape = _shape(returned)
-            convolves = isinstance(module, CONVOLUTIONS) or _has_positions(output_shape)
-            self.calls.append(
-                TracedCall(
-                    name,
-                    _shape(next(iter((*arguments, *keywords.values())), None)),
-                    output_shape,
-                    convolves,
-                    isinstance(module, nn.Linear),
-                )
-            )
+            shapes = _shape(next(iter((*arguments, *keywords.values())), None)), _shape(returned)
+            convolves = isinstance(module, CONVOLUTIONS) or _has_positions(shapes[1])
+            self.calls.append(TracedCall(name, *shapes, convolves, isinstance(module, nn.Linear)))
         elif name and len(convolving) == 1 and _is_layer(frame, convolving[0], returned):
             (applied,) = convolving
-            has_weight = applied.owner == (name, "weight")
-            shapes = applied.input_shape, applied.output_shape
+            shapes, has_weight = (applied.input_shape, applied.output_shape), applied.owner == (name, "weight")
             self.calls.append(TracedCall(name, *shapes, applied.convolves, applied.is_linear, has_weight))
         else:
             return
@@ -260,7 +254,8 @@ class _Tracing(TorchFunctionMode):
         if func in CONVOLVING and isinstance(result, Tensor):
             self._note(result, *_operands(*args, **(kwargs or {})), func is nn.functional.linear)
         elif self._frames:
-            self._follow(_name_of(func), _tensors_in((*args, *(kwargs or {}).values())), result)
+            operands = _tensors_in((*args, *(kwargs or {}).values()))
+            self._follow(_name_of(func), [one for one in operands if may_depend(func, one, args, result)], result)
         return result
 
     def _follow(self, function: str, operands: list[Tensor], result: Any) -> None:
@@ -269,27 +264,29 @@ class _Tracing(TorchFunctionMode):
         kernels = [one for one in operands if owners[id(one)] is not None]
         others = [one for one in operands if owners[id(one)] is None and id(one) not in self._buffers]
         if kernels and not others:
-            self._computed |= {id(one): (one, owners[id(kernels[0])]) for one in _tensors_in((result,))}
+            owner = min((owners[id(one)] for one in kernels), key=self._frozen.__contains__)  # a trained one, if any
+            self._computed |= {id(one): (one, owner) for one in _tensors_in((result,))}
         kernel = max(kernels, key=Tensor.numel, default=result)
-        applies = function in PRODUCTS | OTHER_CONVOLUTIONS | TRANSPOSED and isinstance(result, Tensor)
-        if not applies or not kernels or not others or kernel.ndim < 2:
+        applies = function in PRODUCTS | DISTANCES | OTHER_CONVOLUTIONS | TRANSPOSED and isinstance(result, Tensor)
+        if not applies or not kernels or not others or kernel.ndim < 2 or self._is_constant(owners[id(kernel)]):
             return
-        if owners[id(kernel)] in self._frozen and any((call.name, "weight") not in self._frozen for call in self.calls):
-            return  # a constant that follows a trained layer, like a buffer
         # A product of N vectors and a matrix of size (m, K) reads N m entries and returns N K.
         entries = max(other.numel() for other in others) * result.numel() / max(1, kernel.numel())
         # A single vector, such as a query, is no layer, also where expand() repeats it for every sample.
         steps = kernel.stride() if kernel.layout == torch.strided else kernel.shape
         several = sum(size > 1 and step > 0 for size, step in zip(kernel.shape, steps, strict=True)) > 1
-        innermost, is_product = self._frames[-1].name, function in PRODUCTS
-        applied = _Applied(owners[id(kernel)], innermost, True, (), (), is_product, len(self.calls), function=function)
-        applied.vectors = entries**0.5 if several and is_product else 0.0
-        self._add(applied)
+        innermost, before, is_product = self._frames[-1].name, len(self.calls), function in PRODUCTS | DISTANCES
+        vectors = entries**0.5 if several and is_product else 0.0
+        self._add(_Applied(owners[id(kernel)], innermost, True, (), (), is_product, before, False, function, vectors))
 
     def _owner_of(self, tensor: Tensor) -> tuple[str, str] | None:
         """Return ``(module name, parameter name)`` if a tensor is a parameter or was computed from one, else None."""
         owner = self._owners.get(id(tensor))
         return owner or self._computed.get(id(tensor), (None, None))[1]
+
+    def _is_constant(self, owner: tuple[str, str] | None) -> bool:
+        """Return whether a parameter is frozen and follows a trained layer, so that it counts as a buffer."""
+        return owner in self._frozen and any((call.name, "weight") not in self._frozen for call in self.calls)
 
     def _add(self, applied: _Applied) -> None:
         """Add a call to the record, and to the modules that are running."""
@@ -307,14 +304,16 @@ class _Tracing(TorchFunctionMode):
             self._frames[-1].output = output
 
     def _may_be_trained(self, kernel: Tensor, inputs: Tensor, module: nn.Module) -> bool:
-        """Return whether a kernel that is not a parameter may be computed from one of the module's parameters.
+        """Return whether a kernel that is not a parameter may be computed from parameters.
 
-        The kernel must not be a buffer; fixed filters, such as a blur, usually are buffers. It must also have as many
-        entries as a parameter, or hold one kernel per sample, for a convolution whose groups are the samples.
+        The kernel must not be a buffer; fixed filters, such as a blur, usually are buffers. It must also be computed
+        from parameters alone, or have as many entries as one of the module's parameters, or hold one kernel per sample,
+        for a convolution whose groups are the samples.
         """
+        computed = id(kernel) in self._computed and not self._is_constant(self._owner_of(kernel))
         per_sample = kernel.ndim > 2 and len(inputs) == 1 and inputs.shape[1] > kernel.shape[1]
         same_size = any(p.numel() == kernel.numel() for p in module.parameters())
-        return id(kernel) not in self._buffers and (per_sample or same_size)
+        return id(kernel) not in self._buffers and (computed or per_sample or same_size)
 
 
 def _name_of(func: Callable[..., Any]) -> str:

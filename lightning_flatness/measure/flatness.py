@@ -91,8 +91,8 @@ def measure_flatness(
 
     Raises:
         FlatnessError: an option is invalid.
-        LayerSelectionError: a layer does not exist, never runs, or does more than one convolution; a layer's weight is
-            also used elsewhere; samples of a batch affect each other; or the forward pass is random.
+        LayerSelectionError: a layer does not exist, does not run on all samples, or does more than one convolution; a
+            layer's weight is also used elsewhere; samples of a batch affect each other; or the forward pass is random.
         NotExactError: with ``strict``, a number would not be exact.
         BatchError: logits, targets or weights cannot be measured, there are no batches, or memory does not suffice.
 

@@ -292,7 +292,7 @@ class Measurement:
         samples = self._values.gathered(self._sync)
         return FlatnessReport(
             {name: self._layer(info, samples) for name, info in infos.items()},
-            dict(found[0][1]),
+            {name: reason for _, left_out in reversed(found) for name, reason in left_out.items()},
             *samples.network(),
             loss_name=self._options.loss_function.label,
             sampling_errors=samples.network_errors(),

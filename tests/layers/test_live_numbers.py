@@ -92,6 +92,39 @@ def test_a_kernel_that_is_written_to_is_known(write):
         observed(observer, model, x, y)
 
 
+class Switches(nn.Module):
+    """Runs one of two convolutions and one of two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(1, 6, 3) for _ in range(2))
+        self.heads = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+
+    def forward(self, x):
+        which = int(x.mean() > 2)
+        return self.heads[which](self.convs[which](x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(("layers", "name"), [("last", "convs.0"), ("classifier", "heads.0")])
+def test_a_layer_that_does_not_run_again_is_named(layers, name):
+    model, (x, y) = Switches().double().eval(), batch()
+    observer = tried(model, x, y, layers=layers)
+    with pytest.raises(LayerSelectionError, match=f"'{name}' ran on the first batch but not on this one"):
+        observed(observer, model, x + 5, y)
+
+
+def test_a_layer_that_runs_only_later_is_left_out():
+    class Late(Switches):
+        def forward(self, x):
+            extra = self.convs[1](x).relu().mean((2, 3)) if x.mean() > 2 else 0
+            return self.heads[0](self.convs[0](x).relu().mean((2, 3)) + extra)
+
+    model, (x, y) = Late().double().eval(), batch()
+    observer = tried(model, x, y, layers="all")
+    assert list(observed(observer, model, x + 5, y)) == ["convs.0", "heads.0"]
+    assert list(observer.left_out) == ["convs.1"]
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "mse"])
 def test_a_device_is_waited_for_once_a_batch(activation, loss):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import lightning_flatness as lf
 from tests.guarding import guards
-from tests.refused import Net, X, Y, refused
+from tests.refused import Net, X, Y, measure, refused
 
 
 def test_no_convolution():
@@ -49,7 +49,19 @@ def test_only_convolution_is_the_classifier():
 
 
 def test_layer_that_never_runs():
-    refused(lf.LayerSelectionError, "never runs 'idle'.*select only layers that run", layers=["conv", "idle"])
+    message = "does not run 'idle' on the first samples.*select only layers that run on all samples"
+    refused(lf.LayerSelectionError, message, layers=["conv", "idle"])
+
+
+def test_a_layer_that_runs_only_later_is_left_out():
+    class Late(Net):
+        def forward(self, x):
+            extra = self.idle(self.stem(x)).mean((2, 3)) if x.mean() > 2 else 0
+            return self.head(self.conv(self.stem(x)).relu().mean((2, 3)) + extra)
+
+    report = measure(Late(), [(X, Y), (X + 5, Y)], layers="all")
+    assert (list(report.layers), list(report.left_out)) == (["stem", "conv", "head"], ["idle"])
+    assert "runs on later samples, but not on the first ones" in report.left_out["idle"]
 
 
 @pytest.mark.parametrize(("pattern", "meant"), [("covn", "conv"), ("stemm", "stem"), ("features.3", "idle")])
@@ -141,6 +153,14 @@ HEADS = {
     "transposed weight": (None, lambda net, g: g @ net.fc.weight.T, "fc"),
     "einsum": (None, lambda net, g: torch.einsum("nc,kc->nk", g, net.fc.weight), "fc"),
     "normalised": (None, lambda net, g: F.normalize(g) @ F.normalize(net.fc.weight).T, "fc"),
+    "distances": (None, lambda net, g: torch.cdist(g, net.fc.weight), "fc"),
+    "cosines": (None, lambda net, g: F.cosine_similarity(g[:, None], net.fc.weight, dim=2), "fc"),
+    "repeated": (None, lambda net, g: F.linear(g, net.fc.weight.repeat(2, 1)), "forward"),
+    "frozen and trained": (
+        lambda: nn.Linear(6, 4).requires_grad_(False),
+        lambda net, g: g @ (net.part.weight + net.fc.weight).T,
+        "fc",
+    ),
     "addmm": (Dense, lambda net, g: net.part(g), "part"),
     "TorchScript": (lambda: torch.jit.script(nn.Linear(6, 4)), lambda net, g: net.part(g), "part"),
 }
@@ -182,6 +202,11 @@ USES = {
             h * (net.part.weight.expand(len(h), 1, 5) @ h.flatten(2)).softmax(-1).view(len(h), 1, *h.shape[2:])
         ),
     ),
+    "frozen filter": (
+        lambda: nn.Conv2d(1, 1, 2).requires_grad_(False),
+        lambda net, h: F.conv2d(h, net.part.weight.expand(5, 1, 2, 2), groups=5),
+    ),
+    "filter like a weight": (None, lambda net, h: F.conv2d(h, net.kernel.new_ones(5, 1, 2, 2) / 4, groups=5)),
     "attention": (
         lambda: nn.MultiheadAttention(5, 1, batch_first=True),
         lambda net, h: net.part(*[h.flatten(2).mT] * 3)[0].mT.reshape(h.shape),
@@ -194,6 +219,13 @@ def test_other_uses_of_parameters_are_no_layers(kind):
     net = Applies(*USES[kind])
     assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["conv"]
     assert list(lf.measure_flatness(net, [(X, Y)], layers="classifier").layers) == ["fc"]
+
+
+def test_a_deformable_convolution_is_named():
+    ops = pytest.importorskip("torchvision.ops")
+    net = Applies(lambda: ops.DeformConv2d(5, 5, 3), lambda net, h: net.part(h, h.new_zeros(len(h), 18, 2, 2)))
+    refused(lf.LayerSelectionError, "'part' runs after 'conv'.*'weight' is applied by deform_conv2d, which", net)
+    assert list(lf.measure_flatness(net, [(X, Y)], layers="all").left_out) == ["part"]
 
 
 @pytest.mark.parametrize("trains", [True, False])

@@ -34,6 +34,25 @@ class LowRank(nn.Module):
         return F.conv2d(x, self.conv.weight + self.delta, self.conv.bias)
 
 
+class Together(Own):
+    """A layer that puts its kernel together from two parameters."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs - 2)
+        self.other = nn.Parameter(0.3 * torch.randn(2, inputs, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, torch.cat([self.weight, self.other]))
+
+
+class Bank(Own):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, 3 * outputs)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight.chunk(3)[1])
+
+
 class OwnLinear(nn.Module):
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -87,7 +106,7 @@ def test_a_convolution_of_ones_own_is_measured(layers):
     assert_close(layer.block_traces[0], oracle_block_traces(net, (X, Y), "2"), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [Standardised, LowRank])
+@pytest.mark.parametrize("kind", [Standardised, LowRank, Together, Bank])
 def test_a_computed_kernel_is_that_of_its_module(kind):
     net = network(kind(4, 5))
     report = lf.measure_flatness(net, [(X, Y)])

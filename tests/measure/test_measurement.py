@@ -98,9 +98,10 @@ def test_what_one_rank_has_labelled_is_labelled_on_all(monkeypatch):
     for rank in measurements:
         rank.update(x, y)
     labelled = replace(measurements[1].layers["0"], exact=False, method="gauss_newton", reason="of rank 1")
-    found = [({"0": measurements[0].layers["0"]}, {}), ({"0": labelled}, {})]
+    found = [({"0": measurements[0].layers["0"]}, {}), ({"0": labelled}, {"2": "runs late"})]
     monkeypatch.setattr(measurement, "gather", lambda own, sync: found)
-    assert measurements[0].report().layers["0"].info.reason == "of rank 1"
+    report = measurements[0].report()
+    assert (report.layers["0"].info.reason, report.left_out) == ("of rank 1", {"2": "runs late"})
 
 
 @guards("measure/measurement.py", "if layers.keys() != found[0][0].keys():", "if False:")

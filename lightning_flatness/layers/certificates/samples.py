@@ -32,6 +32,8 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
                 "runs what follows under torch.no_grad(), as TorchScript or in a checkpoint with use_reentrant=True. "
                 "Choose another layer with layers=."
             )
+            if any(call.module._forward_hooks for call in of_layer):
+                reasons[name] += " " + HOOKED
         elif not all(gradient is None or bool(gradient.isfinite().all()) for gradient in pulled):
             raise BatchError(f"Layer '{name}': {NOT_FINITE}")
         elif others:
@@ -65,6 +67,10 @@ def find_mixing_layer(calls: Calls, logits: Tensor, masks: Iterable[Tensor]) -> 
     return None
 
 
+HOOKED = (
+    "The layer has a forward hook. If the forward uses what the hook keeps (features), let it use what the layer "
+    "returns instead: only that is followed."
+)
 NOT_FINITE = (
     "a derivative of the logits with respect to its output is not finite (NaN or infinity), so there is no Hessian. "
     "An operation after it has no derivative at its input, such as a square root or norm at zero, or acos at 1. "

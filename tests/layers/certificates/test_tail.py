@@ -114,6 +114,14 @@ def test_detached_layer_is_refused():
         measure(PooledNet(tail=Apply(lambda x: x.detach())))
 
 
+def test_features_from_a_forward_hook_are_refused_with_the_hook_named():
+    net, kept = PooledNet(), []
+    net.conv.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    net.tail = Apply(lambda x: kept.pop())
+    with pytest.raises(lf.LayerSelectionError, match="'conv': .*does not use it.*The layer has a forward hook"):
+        measure(net)
+
+
 def test_flattened_map_is_measured():
     net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4)).double()
     report = lf.measure_flatness(net, [(X.double(), Y)])
