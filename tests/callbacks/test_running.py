@@ -42,6 +42,13 @@ def test_later_steps_that_differ_are_refused(tmp_path, otherwise, says):
         fit(tmp_path, flatness_callback(), module=module)
 
 
+def test_a_later_step_that_puts_samples_in_another_order_is_refused(tmp_path):
+    module = ForgetsTheNetwork()
+    module.otherwise = lambda module, x: module(x.flip(0)).flip(0)
+    with pytest.raises(lf.BatchError, match="samples in another order.*batch_fn="):
+        fit(tmp_path, flatness_callback(), module=module)
+
+
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("other", [lambda x: x[:2], lambda x: x.flip(3)], ids=["pictures", "flipped"])
 @pytest.mark.parametrize("is_first", [True, False])
