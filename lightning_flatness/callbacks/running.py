@@ -242,7 +242,7 @@ class Running:
             return asked.own_call()
         if call is not None:
             raise BatchError(
-                f"The validation step calls the network on several different inputs in batch {batch_idx}, unlike in "
+                f"The validation step makes several different calls of the network in batch {batch_idx}, unlike in "
                 "earlier batches. Give batch_fn=, a function from a batch to the (inputs, targets) to measure."
             )
         raise NotCalledError(

@@ -31,7 +31,7 @@ class ForgetsTheNetwork(Classifier):
     ("otherwise", "says"),
     [
         (lambda module, x: torch.ones(len(x), 3), "does not call the network in batch 1"),
-        (lambda module, x: module(x.flip(2)) + module(x.flip(3)), "on several different inputs in batch 1"),
+        (lambda module, x: module(x.flip(2)) + module(x.flip(3)), "several different calls of the network in batch 1"),
     ],
     ids=["no call", "two calls"],
 )
