@@ -155,7 +155,8 @@ class Running:
 
         Raises:
             BatchError: The step calls the network several times on different inputs, unlike earlier steps, and
-                ``batch_fn=`` gives no inputs. Or the network has other weights now than it had in the step.
+                ``batch_fn=`` gives no inputs. Or the network has other weights now than it had in the step. Or it is
+                not certain which targets belong to which samples.
             NotCalledError: The step does not call the network, unlike earlier steps.
         """
         if isinstance(self.source, SeparateData):
@@ -168,7 +169,8 @@ class Running:
             return
         if call is None:
             call = self._recorded_call(asked, batch_idx) if self.network.is_called else asked.own_call()
-        samples = asked.samples(call)
+        is_own = self._listener is not None and self._listener.is_on_inputs
+        samples = asked.samples(call, is_own)
         if samples[0] is not call and self._observes:
             self._rule_out("batch_fn= gives other inputs than the validation step")
         self._passes.keep_example(*samples)
@@ -240,7 +242,7 @@ class Running:
             return asked.own_call()
         if call is not None:
             raise BatchError(
-                f"The validation step calls the network on several different inputs in batch {batch_idx}, unlike in "
+                f"The validation step makes several different calls of the network in batch {batch_idx}, unlike in "
                 "earlier batches. Give batch_fn=, a function from a batch to the (inputs, targets) to measure."
             )
         raise NotCalledError(

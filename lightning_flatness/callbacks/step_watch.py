@@ -15,7 +15,7 @@ from lightning_flatness.callbacks.lightning_imports import LightningModule
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.model.answer import Answer, weights_sample
-from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, same_inputs, tensors_of
+from lightning_flatness.model.call import Call, Overheard, as_call, equal_inputs, heard_call, same_inputs, tensors_of
 from lightning_flatness.model.logits import any_logits_of
 from lightning_flatness.model.names import plain_name
 
@@ -177,26 +177,24 @@ class StepWatch:
                 inputs but never on ``inputs``, and ``is_given`` is False.
             BatchError: The output of the network has no logits.
         """
-        heard, num_inputs, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
+        heard, different, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
         place = "" if self._named else self._places[heard.module]
         found = Network(heard.module, plain_name(place), place, is_named=self._named is not None)
         if not counts and not is_given:
             raise FlatnessError(
-                f"The {self.step} step calls {self._name(heard.module)} on {num_inputs} different inputs, none of "
-                "which is the batch's own input. Give batch_fn=, a function from a batch to the (inputs, targets) to "
-                "measure, e.g. batch_fn=lambda batch: (batch[0], batch[1]). A tuple of inputs is passed as arguments, "
-                "and a mapping is passed as keyword arguments."
+                f"The {self.step} step calls {self._name(heard.module)} {_how_they_differ(different, inputs)} A tuple "
+                "of inputs is passed as arguments, and a mapping is passed as keyword arguments."
             )
         if not counts:
             return Found(replace(found, is_called=False))
         self._warn_of_others(heard)
-        return Found(replace(found, on_batch=num_inputs > 1), heard.copied)
+        return Found(replace(found, on_batch=len(different) > 1), heard.copied)
 
-    def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
+    def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, Sequence[_Heard], bool]:
         """Find the call to measure. The candidates are ``calls``, or calls inside one of them if it returns no logits.
 
-        Return the call, the number of different inputs among the candidates, and True. If no candidate can be chosen,
-        return the first one, the number of different inputs, and False.
+        Return the call, a candidate for each of the different inputs, and True. If no candidate can be chosen, return
+        the first one, a candidate for each of the different inputs, and False.
         """
         self._refuse_several(calls)
         different: list[_Heard] = []
@@ -207,14 +205,14 @@ class StepWatch:
         if len(different) > 1:
             counting = [heard for heard in different if batch is not None and same_inputs(heard.call, batch)]
         if len(counting) != 1:
-            return different[0], len(different), False
+            return different[0], different, False
         reason = _why_no_logits(counting[0].output)
         within = counting[0].within
         if reason and within:
             return self._counting(within, batch)
         if reason:
             raise BatchError(f"{self._name(counting[0].module)}: {reason}")
-        return counting[0], len(different), True
+        return counting[0], different, True
 
     def _warn_of_others(self, heard: _Heard) -> None:
         """Warn if the step calls another module with weights after the module that the user names."""
@@ -291,6 +289,26 @@ def _why_no_logits(output: Any) -> str:
     except BatchError as error:
         return str(error)
     return ""
+
+
+def _how_they_differ(calls: Sequence[_Heard], inputs: Any) -> str:
+    """Return the part of an error message that says how several calls differ, and what to give as ``batch_fn=``.
+
+    ``inputs`` are the inputs in the batch, or None if unknown.
+    """
+    remedy = "Give batch_fn=, a function from a batch to the (inputs, targets) to measure"
+    number, (first, *others) = len(calls), calls
+    tensors = tensors_of(first.call)
+    if tensors and all(same_inputs(tensors, tensors_of(other.call)) for other in others):
+        return f"{number} times on the same tensors, but with other arguments. {remedy}."
+    if all(equal_inputs(first.copied, other.copied) for other in others):
+        return f"{number} times on equal tensors that are not the same object. Make them once in the step. {remedy}."
+    if inputs is None:
+        return f"on {number} different inputs. The batch does not show which of them to measure. {remedy}."
+    return (
+        f"on {number} different inputs, none of which is the batch's own input. {remedy}, e.g. "
+        "batch_fn=lambda batch: (batch[0], batch[1])."
+    )
 
 
 def _weighs_losses(call: Call, output: Any) -> bool:

@@ -68,6 +68,11 @@ class Listener:
         self._overheard = Overheard([model], self._hear)
         self._state: list[Any] = []
 
+    @property
+    def is_on_inputs(self) -> bool:
+        """Whether the recorded call is on the very objects ``inputs``."""
+        return self._is_wanted(self._called)
+
     def result(self) -> Pass:
         """Return the observed forward pass.
 

@@ -67,7 +67,7 @@ class Answer:
         expected = self._logits[start : start + len(logits)].to(logits)
         allowed = ROUNDED if in_half else max(self._allowed_difference(), ROUNDINGS * torch.finfo(logits.dtype).eps)
         if expected.shape != logits.shape or not bool(_largest(logits - expected) <= allowed * _largest(expected)):
-            raise BatchError(OTHER_LOGITS)
+            raise BatchError(OTHER_LOGITS + _overridden_call(type(self.network)))
 
     def _allowed_difference(self) -> float:
         """Return how far logits of other passes may be off by rounding, relative to the largest logit of the call."""
@@ -106,6 +106,16 @@ OTHER_LOGITS = (
     "modes, hooks, attributes or weights. So the network of the step cannot be measured. Make such changes in "
     "on_validation_start, and take them back in on_validation_end."
 )
+
+
+def _overridden_call(kind: type) -> str:
+    """Return a sentence on the method ``__call__`` of a class of networks, or ``""`` if it is torch's own method."""
+    if str(kind.__call__.__module__).startswith("torch."):
+        return ""
+    return (
+        f" {kind.__name__} overrides __call__, and calls are recorded where they reach forward(). If __call__ changes "
+        "inputs or logits, make these changes in forward()."
+    )
 
 
 def _largest(logits: Tensor) -> Tensor:

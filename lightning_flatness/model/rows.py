@@ -1,4 +1,4 @@
-"""Count, select and duplicate samples of a batch, and check which tensors of the batch have a row for every sample."""
+"""Count, select, duplicate and compare samples, and check which tensors of a batch have a row for every sample."""
 
 from __future__ import annotations
 
@@ -36,6 +36,29 @@ def take(batch: Any, rows: slice, num_samples: int) -> Any:
         torch.Size([2, 3])
     """
     return SampleTensors().narrowed(batch, num_samples).take(batch, rows)
+
+
+def is_reordered(one: Tensor, other: Tensor) -> bool:
+    """Return whether a tensor has the rows of another tensor in another order.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> is_reordered(rows.flip(0), rows), is_reordered(rows.flip(1), rows)
+        (True, False)
+    """
+    is_dense = one.layout is other.layout is torch.strided and not one.is_nested
+    is_alike = is_dense and (one.dtype, one.device, one.shape) == (other.dtype, other.device, other.shape)
+    if not is_alike or not one.ndim or not one.numel():
+        return False
+    rows, others = (tensor.detach().reshape(len(tensor), -1) for tensor in (one, other))
+    is_moved = (rows != others).any(1)
+    first = rows.index_select(0, is_moved.int().argmax().reshape(1))  # the first moved row, found without waiting
+    if not bool(is_moved.any() & (others == first).all(1).any()):
+        return False
+    in_bytes = (tensor.cpu().contiguous().view(torch.uint8) for tensor in (rows, others))  # for any dtype
+    distinct = (torch.unique(tensor, dim=0, return_counts=True) for tensor in in_bytes)
+    return all(map(torch.equal, *distinct))
 
 
 @dataclass(frozen=True)

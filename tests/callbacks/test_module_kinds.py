@@ -143,3 +143,16 @@ def test_reports_that_differ_would_be_seen():
     other = dataclasses.replace(layer, hessian_trace=layer.hessian_trace * 1.001)
     with pytest.raises(AssertionError, match="not close"):
         assert_reports_equal(one, lf.FlatnessReport({"conv2": other}), prefix="")
+
+
+def with_lazy_head():
+    module = Classifier()
+    module.net.fc = nn.LazyLinear(CLASSES)
+    return module
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_lazy_layers_that_get_their_shape_in_training(tmp_path, data):
+    callback = flatness_callback(data=data)
+    module = run_without_a_trace(tmp_path, with_lazy_head, callback, num_sanity_val_steps=0)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[data == "val"]))

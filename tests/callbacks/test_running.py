@@ -31,7 +31,7 @@ class ForgetsTheNetwork(Classifier):
     ("otherwise", "says"),
     [
         (lambda module, x: torch.ones(len(x), 3), "does not call the network in batch 1"),
-        (lambda module, x: module(x.flip(2)) + module(x.flip(3)), "on several different inputs in batch 1"),
+        (lambda module, x: module(x.flip(2)) + module(x.flip(3)), "several different calls of the network in batch 1"),
     ],
     ids=["no call", "two calls"],
 )
@@ -39,6 +39,13 @@ def test_later_steps_that_differ_are_refused(tmp_path, otherwise, says):
     module = ForgetsTheNetwork()
     module.otherwise = otherwise
     with pytest.raises(lf.BatchError, match=f"{says}, unlike in earlier batches.*batch_fn="):
+        fit(tmp_path, flatness_callback(), module=module)
+
+
+def test_a_later_step_that_puts_samples_in_another_order_is_refused(tmp_path):
+    module = ForgetsTheNetwork()
+    module.otherwise = lambda module, x: module(x.flip(0)).flip(0)
+    with pytest.raises(lf.BatchError, match="samples in another order.*batch_fn="):
         fit(tmp_path, flatness_callback(), module=module)
 
 

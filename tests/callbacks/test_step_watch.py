@@ -90,6 +90,42 @@ REFUSED = {
 }
 
 
+class Scaled(nn.Linear):
+    def forward(self, x, scale=1.0):
+        return scale * super().forward(x)
+
+
+# Calls that leave open which of them to measure, and what the error says of them.
+UNCLEAR = {
+    "arguments": (
+        lambda net, x: (net(x, scale=2.0), net(x, scale=3.0)),
+        "'net' 2 times on the same tensors, but with other arguments",
+    ),
+    "equal": (lambda net, x: (net(x + 1), net(x + 1)), "'net' 2 times on equal tensors that are not the same object"),
+    "parts": (lambda net, x: [net(part) for part in x.split(1)], "'net' on 4 different inputs, none of which is the"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCLEAR)
+def test_the_error_says_how_calls_differ(kind):
+    (calls, says), x = UNCLEAR[kind], torch.rand(4, 2)
+    module = Classifier(Scaled(2, 3))
+    with StepWatch(module, None) as watch:
+        calls(module.net, x)
+    with pytest.raises(lf.FlatnessError, match=f"calls {says}.*batch_fn="):
+        watch.found(x)
+
+
+def test_an_example_of_batch_fn_is_given_only_for_inputs_that_are_known():
+    module, x = Classifier(Scaled(2, 3)), torch.rand(4, 2)
+    with StepWatch(module, None) as watch:
+        for part in (x, x + 1, x + 2):
+            module.net(part)
+    with pytest.raises(lf.FlatnessError, match="on 3 different inputs. The batch does not show") as error:
+        watch.found(None)
+    assert "batch[1]" not in str(error.value)
+
+
 @guards("callbacks.step_watch:StepWatch._refuse_several", returns=None, ids="TwoNetworks")
 @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
 def test_what_is_not_sure_is_refused_in_the_sanity_check(tmp_path, make):

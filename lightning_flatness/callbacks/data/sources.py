@@ -19,7 +19,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.measure.batches import called, rivals_of, split_batch, targets_of
 from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call, map_tensors, tensors_of
 from lightning_flatness.model.isolation import random_states_kept
-from lightning_flatness.model.rows import num_rows
+from lightning_flatness.model.rows import is_reordered, num_rows
 
 if TYPE_CHECKING:
     from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
@@ -79,9 +79,9 @@ class Wanted:
             inputs, why = None, str(error)
         targets = targets_of(batch)
         copied = as_call(inputs).copied() if copies else None
-        rivals, num_others = rivals_of(batch), len(tensors_of(batch)) - 1
+        others = [tensor for tensor in tensors_of(batch) if tensor is not targets]
         targets = None if targets is None else targets.clone()
-        return Asked(inputs, targets, copied, why, rivals=rivals, num_others=num_others)
+        return Asked(inputs, targets, copied, why, rivals=rivals_of(batch), others=others)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Asked:
     is_given: bool = False  # whether inputs come from batch_fn=
     is_empty: bool = False  # whether the batch has no samples; then the step may skip it
     rivals: Sequence[Tensor] = ()  # tensors of the batch that may be the targets instead
-    num_others: int = 0  # number of tensors in the batch besides the targets
+    others: Sequence[Tensor] = ()  # tensors of the batch besides the targets; empty with batch_fn=
 
     def own_call(self) -> Call:
         """Return the call of the network with :attr:`inputs` as arguments. Raise an error if the inputs are unknown."""
@@ -121,9 +121,17 @@ class Asked:
                 ) from error
             raise
 
-    def samples(self, call: Call) -> Samples:
-        """Return ``(inputs, targets)`` to measure. Inputs are those of ``call`` unless ``batch_fn=`` gives others."""
+    def samples(self, call: Call, is_own: bool = False) -> Samples:
+        """Return ``(inputs, targets)`` to measure. Inputs are those of ``call`` unless ``batch_fn=`` gives others.
+
+        ``is_own`` says that ``call`` is known to be on the very inputs of the batch. Then they are not compared.
+
+        Raises:
+            BatchError: It is not certain which tensor has the targets, or which targets belong to which samples.
+        """
         self.refuse_doubtful(call)
+        if self.targets is not None and not is_own:
+            self._refuse_reordered(call, self.targets)
         differ = self.is_given and not equal_inputs(call, as_call(self.inputs))
         return (as_call(self.inputs) if differ else call), self.targets
 
@@ -134,12 +142,24 @@ class Asked:
         ``call`` gives the network as many tensors as the batch has besides :attr:`targets`.
         """
         given = [tensor for tensor in tensors_of(call) if not equal_inputs(tensor, self.targets)] if self.rivals else []
-        if len(given) < self.num_others and not all(_is_among(rival, given) for rival in self.rivals):
+        if len(given) < len(self.others) and not all(_is_among(rival, given) for rival in self.rivals):
             raise BatchError(
                 "It is not certain which tensor of the batch has the targets: several tensors may have them, and the "
                 "network does not get all the others. Give batch_fn=, a function from a batch to (inputs, targets). "
                 "With data='val', batch_fn= of FlatnessCallback may return (None, targets); the inputs are then those "
                 "of the validation step."
+            )
+
+    def _refuse_reordered(self, call: Call, targets: Tensor) -> None:
+        """Raise a :class:`BatchError` if ``call`` gives the network the samples of the batch in another order."""
+        called, own = tensors_of(call), [*self.others, targets]
+        pairs = [(one, other) for one in called for other in self.others if is_reordered(one, other)]
+        if any(not _is_among(one, own) and not _is_among(other, called) for one, other in pairs):
+            raise BatchError(
+                "The validation step gives the network the batch's samples in another order, so it is not certain "
+                "which targets belong to them. Give batch_fn=, a function from a batch to (inputs, targets). It may "
+                "return (None, targets), with the targets in the order of the step; the inputs are then those of the "
+                "validation step."
             )
 
 
@@ -283,8 +303,11 @@ def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) 
     """Read one batch of the data to measure, before training begins and without changing the user's loader.
 
     Return its inputs and targets. Return None if this rank has no samples, if Lightning has not set up validation yet,
-    or if no batch can be read without iterating over the loader.
+    or if no batch can be read without iterating over the loader. Also return None if a parameter has no shape before
+    the first step (a lazy module).
     """
+    if any(map(nn.parameter.is_lazy, pl_module.parameters())):
+        return None
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return next(SeparateData(trainer, pl_module, wanted).rest(), None)
     if not trainer.enable_validation:

@@ -80,8 +80,8 @@ NOT_FINITE = (
 
 SAMPLES_MIX = (
     "after it, the logits of one sample depend on other samples, so the loss is not a mean over samples. The cause may "
-    "be batch statistics in evaluation mode, or pairs of samples. Use running statistics, or a model that takes a pair "
-    "as one sample."
+    "be batch statistics in evaluation mode, pairs of samples, or a forward that puts samples in another order. Use "
+    "running statistics, a model that takes a pair as one sample, or a forward that keeps the order."
 )
 
 

@@ -1,14 +1,18 @@
 """Which samples of validated batches are measured, and how a batch is split."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 import lightning_flatness as lf
+from lightning_flatness.callbacks.data.sources import Wanted
 from lightning_flatness.callbacks.data.stratified import choose, labels_of
 from lightning_flatness.measure.batches import split_batch
+from lightning_flatness.model.call import as_call
 from tests.callbacks.flatness_runs import MONITOR, Recorder, Stream, expected, fit, flatness_callback
-from tests.callbacks.lightning_modules import Classifier, dataset, loaders
+from tests.callbacks.lightning_modules import Classifier, Net, dataset, loaders
 from tests.guarding import guards
 
 
@@ -218,6 +222,48 @@ def test_a_longer_name_of_targets_counts_only_without_other_whole_numbers():
     assert split_batch({"image": x, "gt_label": y})[1] is y
     with pytest.raises(lf.BatchError, match="expected.*batch_fn="):
         split_batch(named(x, y, other))
+
+
+# What the network gets of a batch (x, y), and whether its samples have another order.
+ORDERS = {
+    "reversed": (lambda x, y: x.flip(0), True),
+    "sorted": (lambda x, y: x[y.argsort()], True),
+    "two exchanged": (lambda x, y: x[[0, 1, 2, 4, 3, 5, 6, 7]], True),
+    "with others": (lambda x, y: {"x": x.flip(0), "other": y}, True),
+    "its own": (lambda x, y: x.clone(), False),
+    "flipped": (lambda x, y: x.flip(3), False),
+    "normalised": (lambda x, y: x - 0.5, False),
+    "one for all": (lambda x, y: x[:1].expand(x.shape), False),
+    "fewer": (lambda x, y: x[:4], False),
+    "pairs": (lambda x, y: (x, x.flip(0)), False),
+}
+
+
+@guards("callbacks.data.sources:Asked._refuse_reordered", returns=None, ids="sorted")
+@guards("callbacks/data/sources.py", "and not _is_among(other, called)", "", ids="pairs")
+@guards("model/rows.py", "all(map(torch.equal, *distinct))", "True", ids="one for all")
+@pytest.mark.parametrize("kind", ORDERS)
+def test_samples_that_a_step_puts_in_another_order_are_refused(kind):
+    given, is_refused = ORDERS[kind]
+    batch = dataset(8)[:]
+    asked = Wanted("val", None, None).before_step(batch, Net())
+    refused = pytest.raises(lf.BatchError, match=r"in another order.*batch_fn=.*\(None, targets\)")
+    with refused if is_refused else nullcontext():
+        assert torch.equal(asked.samples(as_call(given(*batch)))[1], batch[1])
+
+
+@guards("callbacks/data/sources.py", "not _is_among(one, own) and", "")
+def test_labels_are_no_reordered_numbers_of_the_batch():
+    x, y = dataset(8)[:]
+    batch = {"image": x, "label": y, "domain": y.flip(0)}
+    asked = Wanted("val", None, None).before_step(batch, Net())
+    assert torch.equal(asked.samples(as_call((x, y)))[1], y)
+
+
+def test_targets_of_batch_fn_may_have_the_order_of_the_step():
+    x, y = dataset(8)[:]
+    asked = Wanted("val", None, lambda batch: (None, batch[1].flip(0))).before_step((x, y), Net())
+    assert torch.equal(asked.samples(as_call(x.flip(0)))[1], y.flip(0))
 
 
 @pytest.mark.parametrize("data", ["val", "train"])

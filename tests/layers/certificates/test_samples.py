@@ -24,6 +24,12 @@ def test_samples_that_mix_are_noticed_after_a_first_batch_of_one():
         lf.measure_flatness(net, [(X[:1].double(), Y[:1]), (X.double(), Y)], strict=True)
 
 
+def test_the_error_says_that_a_forward_may_put_samples_in_another_order():
+    net = linear_net(lambda net, x: net.c(net.a(x).relu().flip(0)))
+    with pytest.raises(lf.LayerSelectionError, match="'a'.*depend on other samples.*puts samples in another order"):
+        lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a")
+
+
 @pytest.mark.parametrize("layers", ["conv", "head"])
 def test_samples_that_mix_in_a_later_batch_are_noticed_then(layers):
     class Late(PooledNet):
