@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_flatness.checks import check_whole
+from lightning_flatness.checks import as_number, check_class_weight, check_whole
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
 from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature, certified_diagonal, product
 from lightning_flatness.functional.curvature import MANY_CLASSES, ClassCurvature, DenseCurvature
@@ -95,10 +95,14 @@ def find_loss(
     return CustomLoss(loss)
 
 
-def _cross_entropy(smoothing: float, class_weight: Sequence[float] | Tensor | None, ignore_index: int) -> CrossEntropy:
-    if not isinstance(smoothing, (int, float)) or not 0 <= smoothing <= 1:
-        raise FlatnessError(f"label_smoothing={smoothing} must lie between 0 and 1.")
+def _cross_entropy(
+    label_smoothing: float, class_weight: Sequence[float] | Tensor | None, ignore_index: int
+) -> CrossEntropy:
+    smoothing = as_number(label_smoothing)
+    if smoothing is None or not 0 <= smoothing <= 1:
+        raise FlatnessError(f"label_smoothing={label_smoothing!r} must be a number between 0 and 1.")
     check_whole("ignore_index", ignore_index)
+    check_class_weight(class_weight)
     try:
         weight = None if class_weight is None else tuple(float(value) for value in class_weight)
     except (TypeError, ValueError):

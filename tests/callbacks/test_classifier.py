@@ -305,7 +305,7 @@ def test_manual_optimization_is_refused_before_it_starts(tmp_path):
         ({"warmup_steps": -1}, "warmup_steps=-1 must be a whole number"),
         ({"measure": "hessian_trace"}, "measure='hessian_trace' is not known"),
         ({"layers": ["fc"]}, "must be 'classifier' or the name of one layer"),
-        ({"label_smoothing": 2.0}, "label_smoothing=2.0 must lie between 0 and 1"),
+        ({"label_smoothing": 2.0}, "label_smoothing=2.0 must be a number between 0 and 1"),
         ({"class_weight": [-1.0]}, "class_weight must contain one number for every class"),
     ],
 )
