@@ -46,6 +46,17 @@ def plain(value: Any) -> Any:
     return tuple(parts) if isinstance(value, tuple) else parts
 
 
+def as_finite(name: str, value: Any) -> float:
+    """Convert a value to ``float``. Raise an error if that fails, or if the number is not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # torch raises RuntimeError for a tensor with several entries
+        number = math.nan
+    if not math.isfinite(number):
+        raise FlatnessError(f"{name}={value!r} must be a finite number.")
+    return number
+
+
 def check_whole(name: str, value: Any, least: int | None = None, or_none: bool = False) -> None:
     """Raise an error unless ``value`` is an ``int`` of at least ``least``. A ``bool`` is not accepted.
 

@@ -314,6 +314,12 @@ def test_wrong_arguments_are_refused(options, message):
         lf.FlatnessPenalty(**options)
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "often", torch.ones(2)], ids=str)
+def test_a_schedule_without_a_finite_number_is_refused(value):
+    with pytest.raises(lf.FlatnessError, match=r"^FlatnessPenalty: schedule\(3\)=.* must be a finite number"):
+        lf.FlatnessPenalty(schedule=lambda step: value).strength_at(3)
+
+
 def test_targets_that_a_function_finds(tmp_path):
     class OfThree(ByHand):
         def training_step(self, batch, batch_idx):
