@@ -266,7 +266,7 @@ Y = torch.tensor([0, 1, 2])
         ),
         (find_loss("binary_cross_entropy"), torch.full((3, 4), 2.0), "between 0 and 1"),
         (CustomLoss(focal), None, "'focal' needs targets"),
-        (CustomLoss(F.cross_entropy), Y, r"returns \(\) for 3 samples\. .*reduction='none'"),
+        (CustomLoss(F.cross_entropy), Y, r"returns \(\) for 3 samples\. .*loss='cross_entropy'.*reduction='none'"),
         (CustomLoss(lambda f, y: f.detach()[:, 0]), Y, "no gradient with respect to the logits.*or it detaches them"),
         (CustomLoss(lambda f, y: (f - f.mean(0)).square().sum(1)), Y, "depends on other samples"),
         (CustomLoss(lambda f, y: f[:, 0].abs().sqrt() * 0 + torch.inf * f[:, 0] ** 2), Y, "not finite"),
