@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
@@ -46,6 +46,17 @@ def plain(value: Any) -> Any:
     return tuple(parts) if isinstance(value, tuple) else parts
 
 
+def as_finite(name: str, value: Any) -> float:
+    """Convert a value to ``float``. Raise an error if that fails, or if the number is not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # torch raises RuntimeError for a tensor with several entries
+        number = math.nan
+    if not math.isfinite(number):
+        raise FlatnessError(f"{name}={value!r} must be a finite number.")
+    return number
+
+
 def check_whole(name: str, value: Any, least: int | None = None, or_none: bool = False) -> None:
     """Raise an error unless ``value`` is an ``int`` of at least ``least``. A ``bool`` is not accepted.
 
@@ -68,3 +79,13 @@ def check_word(name: str, value: Any, words: Sequence[Any]) -> None:
     """Raise an error unless ``value`` equals one of ``words`` and has the type of that word."""
     if not any(type(value) is type(word) and value == word for word in words):
         raise FlatnessError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, words))}.")
+
+
+def check_class_weight(value: Any) -> None:
+    """Raise an error if class weights are a mapping, a set or text, whose entries are not weights in order."""
+    if isinstance(value, (Mapping, Set, str, bytes)):
+        remedy = " Give class_weight=[weights[k] for k in range(num_classes)]." if isinstance(value, Mapping) else ""
+        raise FlatnessError(
+            f"class_weight is a {type(value).__name__}, but must be a list or a tensor with one number for every "
+            f"class, in the order of the classes.{remedy}"
+        )

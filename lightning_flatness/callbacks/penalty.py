@@ -23,7 +23,7 @@ from lightning_flatness.callbacks.data.sources import BatchFunction, split_by
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.prefixes import check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
-from lightning_flatness.checks import check_whole, check_word, is_number
+from lightning_flatness.checks import as_finite, check_whole, check_word, is_number
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional.loss_argument import find_loss
 from lightning_flatness.functional.losses import IGNORED
@@ -81,7 +81,7 @@ class FlatnessPenalty(Callback):
     Args:
         strength: ``λ``. Adilova et al. 2023 (arXiv 2307.02337) use 0.1 to 1. With 0, ``κ`` is only logged.
         layers: ``"classifier"``, or the name of one layer. Give a name if the loss takes logits of several layers.
-        schedule: a function that takes the number of optimizer steps so far, and returns a factor for ``λ``.
+        schedule: a function that takes the number of optimizer steps so far, and returns a finite factor for ``λ``.
         warmup_steps: number of optimizer steps over which ``λ`` rises linearly from zero.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
         normalize: compute ``κ`` from input features that are divided by their standard deviations over this rank's
@@ -98,7 +98,8 @@ class FlatnessPenalty(Callback):
     Raises:
         FlatnessError: The optimization is manual, weights are sharded, the classifier is not found, or the second
             derivative of the loss is not that of mean cross-entropy. These errors come before or in the first step.
-            Also raised in any step that does not call the classifier exactly once with gradients.
+            Also raised in any step that does not call the classifier exactly once with gradients, or where ``schedule``
+            returns no finite number.
 
     Source:
         Petzka et al. 2021 (arXiv 2001.00939); Adilova et al. 2023 (arXiv 2307.02337).
@@ -158,7 +159,8 @@ class FlatnessPenalty(Callback):
 
     def strength_at(self, step: int) -> float:
         """Return ``λ`` after ``step`` optimizer steps."""
-        factor = 1.0 if self.schedule is None else float(self.schedule(step))
+        schedule = self.schedule
+        factor = 1.0 if schedule is None else as_finite(f"FlatnessPenalty: schedule({step})", schedule(step))
         return self.strength * factor * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

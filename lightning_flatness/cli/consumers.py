@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_flatness.callbacks.network import Network, Within
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.layers.options import Options
+from lightning_flatness.measure.batches import NO_LOSS
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.model.call import as_call
 from lightning_flatness.model.logits import finding_what_is_not_finite, logits_of
@@ -82,6 +83,8 @@ class MeanLoss:
 
     def result(self) -> float:
         """Return the mean loss over all batches."""
+        if not self._normalizer > 0:
+            raise BatchError(NO_LOSS)
         return self._sum / self._normalizer
 
 

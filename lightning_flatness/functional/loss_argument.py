@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_flatness.checks import check_whole
+from lightning_flatness.checks import as_number, check_class_weight, check_whole
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
 from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature, certified_diagonal, product
 from lightning_flatness.functional.curvature import MANY_CLASSES, ClassCurvature, DenseCurvature
@@ -95,10 +95,14 @@ def find_loss(
     return CustomLoss(loss)
 
 
-def _cross_entropy(smoothing: float, class_weight: Sequence[float] | Tensor | None, ignore_index: int) -> CrossEntropy:
-    if not isinstance(smoothing, (int, float)) or not 0 <= smoothing <= 1:
-        raise FlatnessError(f"label_smoothing={smoothing} must lie between 0 and 1.")
+def _cross_entropy(
+    label_smoothing: float, class_weight: Sequence[float] | Tensor | None, ignore_index: int
+) -> CrossEntropy:
+    smoothing = as_number(label_smoothing)
+    if smoothing is None or not 0 <= smoothing <= 1:
+        raise FlatnessError(f"label_smoothing={label_smoothing!r} must be a number between 0 and 1.")
     check_whole("ignore_index", ignore_index)
+    check_class_weight(class_weight)
     try:
         weight = None if class_weight is None else tuple(float(value) for value in class_weight)
     except (TypeError, ValueError):
@@ -122,8 +126,8 @@ class CustomLoss(Loss):
     """A loss written by the user; autograd computes its derivatives.
 
     The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is the mean over
-    samples. The loss of a sample must not depend on other samples. The function may be called with float64 logits, and
-    with only a part of a batch.
+    samples. The loss of a sample must not depend on other samples, on their number, or on random numbers. The function
+    may be called with float64 logits, and with only a part of a batch.
 
     The second derivative is stored in the form that takes the least time and memory. If it is a diagonal matrix without
     negative entries (as for the squared error), its ``K`` diagonal entries are stored for every sample. Otherwise, with
@@ -162,6 +166,7 @@ class CustomLoss(Loss):
         with torch.enable_grad(), self._naming_what_has_no_derivative():
             f, losses = self._losses(logits.detach(), targets)
             self._check_shape(losses, len(f))
+            self._check_calls_agree(losses.detach(), f, targets)
             ones = torch.ones_like(losses, requires_grad=True)  # so that differentiable_once can find error nodes
             (residual,) = torch.autograd.grad(losses, f, ones, create_graph=True)
             if not bool(residual.isfinite().all()):
@@ -249,8 +254,8 @@ class CustomLoss(Loss):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise BatchError(
                 f"The loss '{self.name}' returns {shape} for {samples} samples. It must return one loss per sample, "
-                "a tensor of shape (samples,). With a loss of torch, use reduction='none', and average over all "
-                "dimensions but the first."
+                f"a tensor of shape (samples,). For a mean loss of torch, give loss={' or '.join(map(repr, LOSSES))}. "
+                "With another loss of torch, use reduction='none', and average over all dimensions but the first."
             )
         if not losses.requires_grad:
             raise BatchError(
@@ -258,15 +263,48 @@ class CustomLoss(Loss):
                 "or it detaches them."
             )
 
+    def _check_calls_agree(self, losses: Tensor, f: Tensor, targets: Tensor) -> None:
+        """Raise an error if further calls of the function, on all samples or on parts of them, give other losses."""
+        if self._differ(self._called(f, targets), losses, f):
+            raise FlatnessError(
+                f"The loss '{self.name}' is random: two calls with the same logits and targets give different losses. "
+                "Switch off its dropout or noise; for a module, call loss.eval()."
+            )
+        try:
+            # Every second sample of the lower or the upper targets, so that parts differ in size, classes and counts.
+            halves = targets.reshape(len(f), -1)[:, 0].argsort().chunk(2)
+            parts = [half[start::2] for half in halves for start in range(2) if len(half) > start]
+            in_parts = torch.cat([self._called(f[part], targets[part]) for part in parts])
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return  # the function works only on whole batches of this size, e.g. because it holds their weights
+        if self._differ(in_parts, losses[torch.cat(parts)], f):
+            raise self._depends_on_others()
+
+    @staticmethod
+    def _differ(losses: Tensor, expected: Tensor, f: Tensor) -> bool:
+        """Return whether losses differ by more than rounding, which depends on the number of samples in a call."""
+        if losses.shape != expected.shape or not len(f):
+            return False
+        one, other, logits = (tensor.detach().double().nan_to_num() for tensor in (losses, expected, f))
+        eps = torch.finfo(expected.dtype).eps
+        allowed = max(1e-4, 16 * eps) * other.abs().max() + 16 * eps * logits.abs().max()
+        return bool(((one - other).abs() > allowed).any())
+
     def _check_samples_are_separate(self, losses: Tensor, logits: Tensor) -> None:
         for mask in separating_masks(len(logits)).to(logits.device):
             (gradient,) = torch.autograd.grad(losses[mask].sum(), logits, retain_graph=True)
             if bool(gradient[~mask].any()):
-                raise BatchError(
-                    f"The loss '{self.name}' of one sample depends on other samples of the batch, as in a contrastive "
-                    "loss or with batch statistics. Give a loss that computes the loss of every sample from the logits "
-                    "and the target of this sample alone."
-                )
+                raise self._depends_on_others()
+
+    def _depends_on_others(self) -> BatchError:
+        return BatchError(
+            f"The loss '{self.name}' of one sample depends on other samples of the batch, as in a contrastive loss, "
+            "with batch statistics, or in a division by the number of samples or the sum of their weights. Give a loss "
+            "that computes the loss of every sample from the logits and the target of this sample alone. For the "
+            "weighted mean of cross-entropy, give loss='cross_entropy' with class_weight=."
+        )
 
 
 def separating_masks(samples: int) -> Tensor:

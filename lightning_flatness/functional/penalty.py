@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.checks import check_word
+from lightning_flatness.checks import check_class_weight, check_word
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional.losses import IGNORED
 
@@ -63,6 +63,7 @@ def flatness_penalty(
         ``weight`` is float64, else float32, also under autocast.
 
     Raises:
+        FlatnessError: an option is invalid.
         BatchError: shapes do not fit, targets are missing, or ``normalize`` is given a single sample.
 
     Source:
@@ -173,6 +174,7 @@ def target_sums(
         return None, samples
     weight = logits.new_ones(classes)
     if class_weight is not None:
+        check_class_weight(class_weight)
         weight = torch.as_tensor(class_weight, dtype=logits.dtype, device=logits.device)
     if weight.shape != (classes,):
         raise BatchError(

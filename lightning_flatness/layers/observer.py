@@ -30,7 +30,7 @@ from lightning_flatness.layers.trial import Observable, repeated, try_observing
 from lightning_flatness.layers.waiting import WaitingSamples
 from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import ModelCopy
-from lightning_flatness.model.isolation import differentiable, without_wrapper
+from lightning_flatness.model.isolation import without_wrapper
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 from lightning_flatness.results import LayerInfo, merged
@@ -193,7 +193,7 @@ class FlatnessObserver:
 
     def sums_of(self, forms: ClosedForms) -> dict[str, LayerSums]:
         """Return the :class:`LayerSums` of each layer by name; ``forms`` comes from a method of this class."""
-        with differentiable(self._model):
+        with self._options.derivatives(self._model):
             return self._measured(forms)
 
     def _observe(self, work: Callable[[Observable], tuple[Result, Certified]]) -> Result:
@@ -258,7 +258,7 @@ class FlatnessObserver:
         evaluates every check immediately, to find the one that fails. From then on, all batches evaluate checks
         immediately.
         """
-        with differentiable(self._model):
+        with self._options.derivatives(self._model):
             if self._defers_checks:
                 with deferred_checks() as all_hold:
                     try:

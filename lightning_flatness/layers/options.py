@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from lightning_flatness.checks import check_whole, is_number
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.functional.loss_argument import LOSSES
+from lightning_flatness.model.isolation import differentiable, random_states_kept
 from lightning_flatness.model.options import MeasuringOptions
 
 # `MEASURES` are computed by default. `ALL_MEASURES` has one more, which is computed only on request.
@@ -81,3 +86,10 @@ class Options(MeasuringOptions):
         With 0, the sum over classes is not estimated by random probes, and no class is left out.
         """
         return 0.0 if self.strict else self.tolerance
+
+    @contextmanager
+    def derivatives(self, model: nn.Module) -> Iterator[None]:
+        """Run a block that computes derivatives of the loss. A loss of the user's does not change random states."""
+        own = not isinstance(self.loss_function, tuple(LOSSES.values()))
+        with differentiable(model), random_states_kept(model) if own else nullcontext():
+            yield

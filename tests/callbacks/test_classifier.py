@@ -305,13 +305,19 @@ def test_manual_optimization_is_refused_before_it_starts(tmp_path):
         ({"warmup_steps": -1}, "warmup_steps=-1 must be a whole number"),
         ({"measure": "hessian_trace"}, "measure='hessian_trace' is not known"),
         ({"layers": ["fc"]}, "must be 'classifier' or the name of one layer"),
-        ({"label_smoothing": 2.0}, "label_smoothing=2.0 must lie between 0 and 1"),
+        ({"label_smoothing": 2.0}, "label_smoothing=2.0 must be a number between 0 and 1"),
         ({"class_weight": [-1.0]}, "class_weight must contain one number for every class"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(lf.FlatnessError, match=message):
         lf.FlatnessPenalty(**options)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "often", torch.ones(2)], ids=str)
+def test_a_schedule_without_a_finite_number_is_refused(value):
+    with pytest.raises(lf.FlatnessError, match=r"^FlatnessPenalty: schedule\(3\)=.* must be a finite number"):
+        lf.FlatnessPenalty(schedule=lambda step: value).strength_at(3)
 
 
 def test_targets_that_a_function_finds(tmp_path):

@@ -1,6 +1,7 @@
 """Derivatives of the losses against autograd's derivatives of torch's own losses."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from lightning_flatness.errors import BatchError, FlatnessError
-from lightning_flatness.functional import CrossEntropy, CustomLoss, MeanSquaredError, find_loss
+from lightning_flatness.functional import CrossEntropy, CustomLoss, MeanSquaredError, find_loss, flatness_penalty
 from tests.guarding import guards
 from tests.networks import focal
 
@@ -163,7 +164,8 @@ def test_a_common_shift_of_the_logits_changes_nothing():
         ({"loss": 3}, "loss=3 is not known"),
         ({"loss": "mse", "label_smoothing": 0.1}, "options of loss='cross_entropy'"),
         ({"loss": nn.CrossEntropyLoss(), "ignore_index": 0}, "options of loss='cross_entropy'"),
-        ({"loss": "cross_entropy", "label_smoothing": 1.5}, "label_smoothing=1.5 must lie between"),
+        ({"loss": "cross_entropy", "label_smoothing": 1.5}, "label_smoothing=1.5 must be a number between 0 and 1"),
+        ({"loss": "cross_entropy", "label_smoothing": True}, "label_smoothing=True must be a number between"),
         ({"loss": "cross_entropy", "class_weight": [1.0, -1.0]}, "must contain one number for every class"),
         ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "reduction='sum'.*mean over samples"),
         ({"loss": nn.MSELoss(reduction="none")}, "reduction='none'.*mean over samples"),
@@ -173,6 +175,25 @@ def test_a_common_shift_of_the_logits_changes_nothing():
 def test_wrong_losses_are_refused(arguments, match):
     with pytest.raises(FlatnessError, match=match):
         find_loss(**arguments)
+
+
+def test_label_smoothing_may_be_a_number_of_another_library():
+    for number in (torch.tensor(0.25), torch.tensor(0.25).numpy()[()]):
+        assert find_loss("cross_entropy", label_smoothing=number) == CrossEntropy(label_smoothing=0.25)
+    assert find_loss("cross_entropy", label_smoothing=torch.tensor(0.0)) == CrossEntropy()
+
+
+UNORDERED = [{0: 5.0, 1: 1.0, 2: 0.5}, Counter([0, 1, 1, 2]), {5.0, 1.0, 0.5}, "123", b"123"]
+
+
+@pytest.mark.parametrize("class_weight", UNORDERED, ids=lambda value: type(value).__name__)
+def test_class_weights_without_the_order_of_the_classes_are_refused(class_weight):
+    name = type(class_weight).__name__
+    remedy = r"class_weight=\[weights\[k\] for k in range\(num_classes\)\]" if isinstance(class_weight, dict) else ""
+    with pytest.raises(FlatnessError, match=f"class_weight is a {name}.*list or a tensor.*{remedy}"):
+        find_loss("cross_entropy", class_weight=class_weight)
+    with pytest.raises(FlatnessError, match=f"class_weight is a {name}"):
+        flatness_penalty(torch.ones(3, 2), torch.ones(3, 3), torch.ones(3, 2), Y, class_weight=class_weight)
 
 
 @given(batch=logits_and_indices(), weighted=st.booleans(), ignored=st.booleans())
@@ -245,7 +266,7 @@ Y = torch.tensor([0, 1, 2])
         ),
         (find_loss("binary_cross_entropy"), torch.full((3, 4), 2.0), "between 0 and 1"),
         (CustomLoss(focal), None, "'focal' needs targets"),
-        (CustomLoss(F.cross_entropy), Y, r"returns \(\) for 3 samples\. .*reduction='none'"),
+        (CustomLoss(F.cross_entropy), Y, r"returns \(\) for 3 samples\. .*loss='cross_entropy'.*reduction='none'"),
         (CustomLoss(lambda f, y: f.detach()[:, 0]), Y, "no gradient with respect to the logits.*or it detaches them"),
         (CustomLoss(lambda f, y: (f - f.mean(0)).square().sum(1)), Y, "depends on other samples"),
         (CustomLoss(lambda f, y: f[:, 0].abs().sqrt() * 0 + torch.inf * f[:, 0] ** 2), Y, "not finite"),

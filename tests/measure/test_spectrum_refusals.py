@@ -73,9 +73,12 @@ def test_frozen_parameters():
         measure(nn.Flatten())
 
 
-@pytest.mark.parametrize("batches", [[], [(torch.zeros(0, 1, 6, 6), torch.zeros(0).long())]])
+IGNORED = [(data(6)[0], torch.full((6,), -100))]
+
+
+@pytest.mark.parametrize("batches", [[], [(torch.zeros(0, 1, 6, 6), torch.zeros(0).long())], IGNORED])
 def test_no_samples(batches):
-    with pytest.raises(lf.BatchError, match="No sample was measured"):
+    with pytest.raises(lf.BatchError, match="No sample was measured, so there is no spectrum.*are all targets ignored"):
         measure(ConvNet(), batches)
 
 
