@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from lightning_flatness.layers.convolution import CONVOLUTIONS, CONVOLVING, version_of
+from lightning_flatness.layers.owners import Owner, Owners, parameters_of
 from lightning_flatness.model.logits import logits_of
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
@@ -73,13 +74,14 @@ class Trace:
 class _Applied:
     """One call of a function that applies a kernel: ``conv1d``, ``conv2d``, ``conv3d``, ``linear`` or another one."""
 
-    owner: tuple[str, str] | None  # module and name of the parameter that is the kernel; None if it is no parameter
+    owner: Owner | None  # of the parameter that is the kernel; None if it is no parameter
     module: str  # name of the innermost module that ran
     trained: bool  # whether the kernel is a parameter, or may be computed from one
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     is_linear: bool
     calls_before: int = 0  # number of calls of layers before this one
+    alias_of: Owner | None = None  # owner of a parameter with the kernel's memory, as for `weight.data`
     in_layer: bool = False  # whether the call was made inside a layer
     function: str = ""  # name of the function if it is another one
     vectors: float = 0.0  # of another function, a product: number of vectors that the matrix is multiplied with
@@ -146,7 +148,7 @@ def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[st
     The module that owns the kernel gives the name, or else the innermost module that was running. If this is the model
     itself, the kernel's parameter gives the name, or the name is ``UNNAMED``.
     """
-    owner, parameter = applied.owner or (applied.module, "")
+    owner, parameter = applied.owner or applied.alias_of or (applied.module, "")
     named = f"Module '{owner}'" if owner else "The model"
     if isinstance(modules[owner], torch.jit.ScriptModule):
         return owner, f"{named} is TorchScript, whose layers no hook sees. To measure them, pass the original module."
@@ -180,14 +182,13 @@ class _Tracing(TorchFunctionMode):
         # The outputs of one vector for every sample, with their version counters, keyed by index in `calls`.
         self._vectors: dict[int, tuple[Tensor, int | None]] = {}
         self._modules = modules
-        own = [((name, key), p) for name, one in modules.items() for key, p in one._parameters.items()]
-        self._frozen = {owner for owner, parameter in own if parameter is not None and not parameter.requires_grad}
+        self._frozen = {owner for owner, parameter in parameters_of(modules) if not parameter.requires_grad}
         self._frames: list[_Frame] = []
-        self._owners: dict[int, tuple[str, str]] = {}
+        self._owners = Owners({})
         self._buffers: set[int] = set()
         # Tensors that are computed from parameters alone, such as a transposed weight, with the owner of the first.
         # The tensors are kept, because Python reuses ids.
-        self._computed: dict[int, tuple[Tensor, tuple[str, str] | None]] = {}
+        self._computed: dict[int, tuple[Tensor, Owner | None]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Tracing:
         """Return an empty mode: if a forward deep-copies modules, the copied hooks record nothing in this mode."""
@@ -196,9 +197,8 @@ class _Tracing(TorchFunctionMode):
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
         """Record that a module begins to run."""
         if not self._frames:  # not earlier, because modules hold the copied tensors only while the model runs
-            for owner, one in self._modules.items():
-                self._owners |= {id(tensor): (owner, key) for key, tensor in one._parameters.items()}
-                self._buffers |= {id(tensor) for tensor in one._buffers.values()}
+            self._owners = Owners(self._modules)
+            self._buffers |= {id(tensor) for one in self._modules.values() for tensor in one._buffers.values()}
         self._frames.append(_Frame(name))
 
     def leave_module(
@@ -210,17 +210,9 @@ class _Tracing(TorchFunctionMode):
             return
         convolving = [applied for applied in frame.applied if not applied.function]
         if isinstance(module, LAYERS):
-            output_shape = _shape(returned)
-            convolves = isinstance(module, CONVOLUTIONS) or _has_positions(output_shape)
-            self.calls.append(
-                TracedCall(
-                    name,
-                    _shape(next(iter((*arguments, *keywords.values())), None)),
-                    output_shape,
-                    convolves,
-                    isinstance(module, nn.Linear),
-                )
-            )
+            shapes = _shape(next(iter((*arguments, *keywords.values())), None)), _shape(returned)
+            convolves = isinstance(module, CONVOLUTIONS) or _has_positions(shapes[1])
+            self.calls.append(TracedCall(name, *shapes, convolves, isinstance(module, nn.Linear)))
         elif name and len(convolving) == 1 and _is_layer(frame, convolving[0], returned):
             (applied,) = convolving
             has_weight = applied.owner == (name, "weight")
@@ -286,10 +278,9 @@ class _Tracing(TorchFunctionMode):
         applied.vectors = entries**0.5 if several and is_product else 0.0
         self._add(applied)
 
-    def _owner_of(self, tensor: Tensor) -> tuple[str, str] | None:
+    def _owner_of(self, tensor: Tensor) -> Owner | None:
         """Return ``(module name, parameter name)`` if a tensor is a parameter or was computed from one, else None."""
-        owner = self._owners.get(id(tensor))
-        return owner or self._computed.get(id(tensor), (None, None))[1]
+        return self._owners.of(tensor) or self._computed.get(id(tensor), (None, None))[1]
 
     def _add(self, applied: _Applied) -> None:
         """Add a call to the record, and to the modules that are running."""
@@ -299,10 +290,13 @@ class _Tracing(TorchFunctionMode):
 
     def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
         """Record one call of a convolution function or of ``linear``."""
-        owner, innermost = self._owners.get(id(kernel)), self._frames[-1].name if self._frames else ""
+        owner, innermost = self._owners.of(kernel), self._frames[-1].name if self._frames else ""
+        alias_of = None if owner else self._owners.of_alias(kernel)
+        if alias_of and any(call.name == alias_of[0] for call in self.calls):  # a layer that also ran has this name
+            alias_of = None
         shapes = tuple(inputs.shape), tuple(output.shape)
         trained = owner is not None or self._may_be_trained(kernel, inputs, self._modules[innermost])
-        self._add(_Applied(owner, innermost, trained, *shapes, is_linear, calls_before=len(self.calls)))
+        self._add(_Applied(owner, innermost, trained, *shapes, is_linear, len(self.calls), alias_of))
         if self._frames:
             self._frames[-1].output = output
 

@@ -87,6 +87,25 @@ def test_a_convolution_of_ones_own_is_measured(layers):
     assert_close(layer.block_traces[0], oracle_block_traces(net, (X, Y), "2"), rtol=1e-9, atol=1e-12)
 
 
+class Listed(nn.Module):
+    def __init__(self, inputs, outputs, scale=1):
+        super().__init__()
+        self.kernels, self.scale = nn.ParameterList([0.3 * torch.randn(outputs, inputs, 3, 3)]), scale
+
+    def forward(self, x):
+        return self.scale * F.conv2d(x, self.kernels[0]) if self.scale != 1 else F.conv2d(x, self.kernels[0])
+
+
+def test_a_kernel_in_a_list_is_that_of_the_module_with_the_list():
+    net = network(Listed(4, 5))
+    layer = lf.measure_flatness(net, [(X, Y)], layers="all").layers["2"]
+    assert (layer.exact, layer.info.kernel) == (True, "effective")
+    same = network(nn.Conv2d(4, 5, 3, bias=False))
+    same[0], same[6], same[2].weight = net[0], net[6], net[2].kernels[0]
+    assert_close(layer.block_traces[0], oracle_block_traces(same, (X, Y), "2"), rtol=1e-9, atol=1e-12)
+    assert list(lf.measure_flatness(network(Listed(4, 5, scale=2)), [(X, Y)], layers="all").left_out) == ["2"]
+
+
 @pytest.mark.parametrize("kind", [Standardised, LowRank])
 def test_a_computed_kernel_is_that_of_its_module(kind):
     net = network(kind(4, 5))
@@ -134,6 +153,8 @@ class Root(nn.Module):
 HIDDEN = {
     "forward": (lambda: Root(lambda net, x: net.last.forward(x)), "last", r"layer.forward\(x\).*call it"),
     "function": (lambda: Root(lambda net, x: F.conv2d(x, net.last.weight)), "last", "function that takes the weight"),
+    "data": (lambda: Root(lambda net, x: F.conv2d(x, net.last.weight.data)), "last", "function that takes the weight"),
+    "detached": (lambda: Root(lambda net, x: F.conv2d(x, net.last.weight.detach())), "last", "without calling"),
     "own parameter": (
         lambda: Root(lambda net, x: F.conv2d(x, net.kernel)),
         "kernel",
