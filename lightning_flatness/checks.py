@@ -75,6 +75,12 @@ def check_positive(name: str, value: Any, or_none: bool = False) -> None:
         raise FlatnessError(f"{name}={value!r} must be a positive number{', or None' if or_none else ''}.")
 
 
+def check_type(name: str, value: Any, kind: type | tuple[type, ...], give: str) -> None:
+    """Raise an error unless ``value`` is an instance of ``kind``; the message says what to ``give``."""
+    if not isinstance(value, kind):
+        raise FlatnessError(f"{name} is a {type(value).__name__}; give {give}.")
+
+
 def check_word(name: str, value: Any, words: Sequence[Any]) -> None:
     """Raise an error unless ``value`` equals one of ``words`` and has the type of that word."""
     if not any(type(value) is type(word) and value == word for word in words):

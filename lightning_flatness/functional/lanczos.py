@@ -66,6 +66,10 @@ class LargestEigenvalues(NamedTuple):
     residuals: Tensor
     num_products: int
 
+    def converged(self, tolerance: float) -> bool:
+        """Return whether every residual is at most ``tolerance`` times the absolute value of its Ritz value."""
+        return bool((self.residuals <= tolerance * self.values.abs()).all())
+
 
 def largest_eigenvalues(
     operator: Callable[[Tensor], Tensor], start: Tensor, tolerance: float = 1e-3, max_products: int = 100
@@ -113,11 +117,12 @@ def largest_eigenvalues(
             ended = ended | (norm <= rounding_error(start.dtype) * before)
             beyond.append(torch.where(ended, 0.0, norm))
             values, residuals, ritz = _ritz(diagonal, beyond)
-            if bool((residuals <= tolerance * values.abs()).all()):
-                return LargestEigenvalues(values, residuals, done)
+            found = LargestEigenvalues(values, residuals, done)
+            if found.converged(tolerance):
+                return found
             basis.append(torch.where(ended, 0.0, 1 / norm)[:, None] * product)
         if done >= max_products or size <= RESTART:
-            return LargestEigenvalues(values, residuals, done)
+            return found
         vectors = torch.einsum("bi,ibd->bd", ritz, torch.stack(basis[:-1]))
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
 

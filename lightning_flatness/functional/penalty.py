@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.checks import check_class_weight, check_word
+from lightning_flatness.checks import check_class_weight, check_type, check_word
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional.losses import IGNORED
 
@@ -63,7 +63,7 @@ def flatness_penalty(
         ``weight`` is float64, else float32, also under autocast.
 
     Raises:
-        FlatnessError: an option is invalid.
+        FlatnessError: an argument is no tensor, or an option is invalid.
         BatchError: shapes do not fit, targets are missing, or ``normalize`` is given a single sample.
 
     Source:
@@ -78,6 +78,10 @@ def flatness_penalty(
     """
     check_word("measure", measure, PENALTIES)
     check_word("reduction", reduction, ("mean", "none"))
+    for name, tensor in {"features": features, "logits": logits, "weight": weight}.items():
+        check_type(name, tensor, Tensor, "a tensor (of a layer, its parameter `weight`)")
+    if targets is not None:
+        check_type("targets", targets, Tensor, "a tensor")
     g, f, w = (tensor.flatten(1) if tensor.ndim > 2 else tensor for tensor in (features, logits, weight))
     _check_shapes(g, f, w)
     dtype = torch.float32

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, naming
 from lightning_flatness.functional import ClassCurvature, LossDerivatives, separating_masks
 from lightning_flatness.layers.certificates import Known
-from lightning_flatness.layers.certificates.affine import Inexact, why_curved, why_not_affine
+from lightning_flatness.layers.certificates.affine import Inexact, sums_to_zero, why_curved, why_not_affine
 from lightning_flatness.layers.certificates.head import Head, certify_head
 from lightning_flatness.layers.certificates.layer import Kernel, certify_layer, is_own_weight, own_weight
 from lightning_flatness.layers.certificates.path import certify_path, is_output
@@ -84,10 +84,10 @@ def certify(
             layers.pop(mixing)
     if not recognised:
         known = replace(known, paths=Known(None, _uses(recorded, layers)))
-    reasons, affine = certificates.why_not_affine(others, layers)
+    invariant = certificates.shift_invariant
+    reasons, affine = certificates.why_not_affine(others, layers, invariant or sums_to_zero(loss.residual))
     if isinstance(loss.curvature, ClassCurvature):
         exact = {name: others[name] for name, inexact in reasons.items() if inexact is None}
-        invariant = certificates.shift_invariant
         outputs = frozenset(name for name, of in exact.items() if is_output(of, recorded.logits, invariant))
         certified = replace(certified, outputs=outputs)
     for name, inexact in reasons.items():
@@ -311,7 +311,7 @@ class _Certificates:
         return tails, failures
 
     def why_not_affine(
-        self, calls: Calls, layers: Mapping[str, CertifiedLayer]
+        self, calls: Calls, layers: Mapping[str, CertifiedLayer], up_to_shift: bool
     ) -> tuple[dict[str, Inexact | None], Known[None] | None]:
         """Return why the logits are not affine in the kernel of each layer, and the updated ``known.affine``.
 
@@ -327,12 +327,12 @@ class _Certificates:
             reasons: dict[str, Inexact | None] = dict.fromkeys(once)
             known = known.again()
         else:
-            reasons = why_not_affine(once, logits, self.shift_invariant)
+            reasons = why_not_affine(once, logits, up_to_shift)
             known = Known(None, CANNOT_CURVE) if once else known
         repeated = {name: of_layer for name, of_layer in checked.items() if name not in once}
-        return reasons | {name: self._why_polynomial(of_layer) for name, of_layer in repeated.items()}, known
+        return reasons | {name: self._why_polynomial(of, up_to_shift) for name, of in repeated.items()}, known
 
-    def _why_polynomial(self, calls: Sequence[LayerCall]) -> Inexact | None:
+    def _why_polynomial(self, calls: Sequence[LayerCall], up_to_shift: bool) -> Inexact | None:
         """Return why the logits are not affine in the kernel of a layer that runs several times; None if they are."""
         if not is_own_weight(calls[0]):
             return Inexact.COMPUTED_KERNEL
@@ -341,7 +341,7 @@ class _Certificates:
         kernel = calls[0].convolution.weight.detach().clone().requires_grad_()
         replacement = {own_weight(calls[0].module): kernel}
         logits = logits_of(self.context.copy()(self.recorded.inputs, replacement))
-        return why_curved(logits, kernel, self.shift_invariant)
+        return why_curved(logits, kernel, up_to_shift)
 
 
 # Values of `CertifiedLayer.inexact` of a layer in whose kernel the logits have been affine so far.

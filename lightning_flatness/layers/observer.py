@@ -32,6 +32,7 @@ from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import without_wrapper
 from lightning_flatness.model.logits import logits_of
+from lightning_flatness.model.options import of_keywords
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 from lightning_flatness.results import LayerInfo, merged
 
@@ -46,9 +47,8 @@ class FlatnessObserver:
     the layer's weight; otherwise the layer is labelled inexact. After the first call, :attr:`layers` describes the
     layers. Every call leaves the model, its gradients, buffers and modes, the batch and all random states as they were.
 
-    Normalised relative flatness needs the standard deviations of the layers' input channels before the first sample is
-    measured. Compute them from what :meth:`waiting` returns for some samples, and set them with :meth:`normalize`.
-    Without them, this measure is NaN.
+    Normalised relative flatness is NaN without the standard deviations of the layers' input channels. Compute them from
+    what :meth:`waiting` returns for some samples. Set them with :meth:`normalize` before the first sample is measured.
 
     An observer can also observe forward passes that the user makes. Call :meth:`why_not_live` first, then
     :meth:`listen`, then :meth:`observed`.
@@ -66,7 +66,7 @@ class FlatnessObserver:
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        self._options = Options(**options)
+        self._options = of_keywords(Options, options)
         self._model = without_wrapper(model)
         self._own = OwnPasses(self._model, self._options)
         # The certificates of the user's passes, made by `why_not_live`. They are separate from the certificates of

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from lightning_flatness.layers.convolution import CONVOLUTIONS, CONVOLVING, version_of
+from lightning_flatness.layers.owners import Owner, Owners, parameters_of
 from lightning_flatness.layers.recording import may_depend
 from lightning_flatness.model.logits import logits_of
 
@@ -79,13 +80,14 @@ class Trace:
 class _Applied:
     """One call of a function that applies a kernel: ``conv1d``, ``conv2d``, ``conv3d``, ``linear`` or another one."""
 
-    owner: tuple[str, str] | None  # module and name of the parameter that is the kernel; None if it is no parameter
+    owner: Owner | None  # of the parameter that is the kernel; None if it is no parameter
     module: str  # name of the innermost module that ran
     trained: bool  # whether the kernel is a parameter, or may be computed from one
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     is_linear: bool
     calls_before: int = 0  # number of calls of layers before this one
+    alias_of: Owner | None = None  # owner of a parameter with the kernel's memory, as for `weight.data`
     in_layer: bool = False  # whether the call was made inside a layer
     function: str = ""  # name of the function if it is another one
     vectors: float = 0.0  # of another function, a product: number of vectors that the matrix is multiplied with
@@ -152,7 +154,7 @@ def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[st
     The module that owns the kernel gives the name, or else the innermost module that was running. If this is the model
     itself, the kernel's parameter gives the name, or the name is ``UNNAMED``.
     """
-    owner, parameter = applied.owner or (applied.module, "")
+    owner, parameter = applied.owner or applied.alias_of or (applied.module, "")
     named = f"Module '{owner}'" if owner else "The model"
     if isinstance(modules[owner], torch.jit.ScriptModule):
         return owner, f"{named} is TorchScript, whose layers no hook sees. To measure them, pass the original module."
@@ -183,14 +185,12 @@ class _Tracing(TorchFunctionMode):
         # The outputs of one vector for every sample, with their version counters, keyed by index in `calls`.
         self._vectors: dict[int, tuple[Tensor, int | None]] = {}
         self._modules = modules
-        own = [((name, key), p) for name, one in modules.items() for key, p in one._parameters.items()]
-        self._frozen = {owner for owner, parameter in own if parameter is not None and not parameter.requires_grad}
+        self._frozen = {owner for owner, parameter in parameters_of(modules) if not parameter.requires_grad}
         self._frames: list[_Frame] = []
-        self._owners: dict[int, tuple[str, str]] = {}
+        self._owners = Owners({})
         self._buffers: set[int] = set()
-        # Tensors that are computed from parameters alone, such as a transposed weight, with the owner of the first.
-        # The tensors are kept, because Python reuses ids.
-        self._computed: dict[int, tuple[Tensor, tuple[str, str] | None]] = {}
+        # Tensors computed from parameters alone, with the owner of the first. They are kept, as Python reuses ids.
+        self._computed: dict[int, tuple[Tensor, Owner | None]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Tracing:
         """Return a new, empty mode. The hooks of deep-copied modules record in it, not in the original."""
@@ -199,9 +199,8 @@ class _Tracing(TorchFunctionMode):
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
         """Record that a module begins to run."""
         if not self._frames:  # not earlier, because modules hold the copied tensors only while the model runs
-            for owner, one in self._modules.items():
-                self._owners |= {id(tensor): (owner, key) for key, tensor in one._parameters.items()}
-                self._buffers |= {id(tensor) for tensor in one._buffers.values()}
+            self._owners = Owners(self._modules)
+            self._buffers |= {id(tensor) for one in self._modules.values() for tensor in one._buffers.values()}
         self._frames.append(_Frame(name))
 
     def leave_module(
@@ -270,7 +269,7 @@ class _Tracing(TorchFunctionMode):
         applies = function in PRODUCTS | DISTANCES | OTHER_CONVOLUTIONS | TRANSPOSED and isinstance(result, Tensor)
         if not applies or not kernels or not others or kernel.ndim < 2 or self._is_constant(owners[id(kernel)]):
             return
-        # A product of N vectors and a matrix of size (m, K) reads N m entries and returns N K.
+        # N vectors times a matrix (m, K): N m entries are read, N K returned.
         entries = max(other.numel() for other in others) * result.numel() / max(1, kernel.numel())
         # A single vector, such as a query, is no layer, also where expand() repeats it for every sample.
         steps = kernel.stride() if kernel.layout == torch.strided else kernel.shape
@@ -279,12 +278,11 @@ class _Tracing(TorchFunctionMode):
         vectors = entries**0.5 if several and is_product else 0.0
         self._add(_Applied(owners[id(kernel)], innermost, True, (), (), is_product, before, False, function, vectors))
 
-    def _owner_of(self, tensor: Tensor) -> tuple[str, str] | None:
+    def _owner_of(self, tensor: Tensor) -> Owner | None:
         """Return ``(module name, parameter name)`` if a tensor is a parameter or was computed from one, else None."""
-        owner = self._owners.get(id(tensor))
-        return owner or self._computed.get(id(tensor), (None, None))[1]
+        return self._owners.of(tensor) or self._computed.get(id(tensor), (None, None))[1]
 
-    def _is_constant(self, owner: tuple[str, str] | None) -> bool:
+    def _is_constant(self, owner: Owner | None) -> bool:
         """Return whether a parameter is frozen and follows a trained layer, so that it counts as a buffer."""
         return owner in self._frozen and any((call.name, "weight") not in self._frozen for call in self.calls)
 
@@ -296,10 +294,13 @@ class _Tracing(TorchFunctionMode):
 
     def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
         """Record one call of a convolution function or of ``linear``."""
-        owner, innermost = self._owners.get(id(kernel)), self._frames[-1].name if self._frames else ""
+        owner, innermost = self._owners.of(kernel), self._frames[-1].name if self._frames else ""
+        alias_of = None if owner else self._owners.of_alias(kernel)
+        if alias_of and any(call.name == alias_of[0] for call in self.calls):  # a layer that also ran has this name
+            alias_of = None
         shapes = tuple(inputs.shape), tuple(output.shape)
         trained = owner is not None or self._may_be_trained(kernel, inputs, self._modules[innermost])
-        self._add(_Applied(owner, innermost, trained, *shapes, is_linear, calls_before=len(self.calls)))
+        self._add(_Applied(owner, innermost, trained, *shapes, is_linear, len(self.calls), alias_of))
         if self._frames:
             self._frames[-1].output = output
 
@@ -323,8 +324,8 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Return the tensors among ``values``, including those inside a tuple or list."""
-    flat = [one for value in values for one in (value if isinstance(value, (tuple, list)) else (value,))]
-    return [one for one in flat if isinstance(one, Tensor)]
+    entries = (value if isinstance(value, (tuple, list)) else (value,) for value in values)
+    return [one for entry in entries for one in entry if isinstance(one, Tensor)]
 
 
 def _operands(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # noqa: A002

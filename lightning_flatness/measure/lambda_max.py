@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.checks import check_positive, check_whole
-from lightning_flatness.errors import BatchError
+from lightning_flatness.errors import BatchError, NotExactError
 from lightning_flatness.functional import LargestEigenvalues, largest_eigenvalues
 from lightning_flatness.layers.certified import Certified, CertifiedPass
 from lightning_flatness.layers.operators import Operator, operators_of
@@ -62,7 +62,8 @@ def measure_lambda_max(
             iteration, and with ``by_filter`` a second one.
         max_gigabytes: memory for the tensors that are kept; if more is needed, a :class:`BatchError` is raised.
         seed: seed of the starting vectors.
-        strict: raise an error for a layer if only its Gauss-Newton matrix can be computed, and not its Hessian.
+        strict: raise an error for a layer if its eigenvalues have not converged, or if only its Gauss-Newton matrix can
+            be computed, and not its Hessian.
         dtype: precision in which the model runs, as for :func:`~lightning_flatness.measure_flatness`.
         sync: compute the Hessian over the batches of all ranks of a process group. Then call this function on every
             rank, with that rank's batches or with none. By default nothing communicates.
@@ -75,7 +76,7 @@ def measure_lambda_max(
         FlatnessError: an option is invalid.
         LayerSelectionError: a layer or the forward pass cannot be measured, as in
             :func:`~lightning_flatness.measure_flatness`.
-        NotExactError: with ``strict``, the Hessian of a layer cannot be computed.
+        NotExactError: with ``strict``, the Hessian of a layer cannot be computed, or eigenvalues have not converged.
         BatchError: logits, targets or weights cannot be measured, there are no batches, or more memory than
             ``max_gigabytes`` is needed.
 
@@ -141,19 +142,26 @@ def measure_lambda_max(
             hessian = _MeanHessian(name, kernel, operators.get(name, []), total.normalizer, sync)
             generator, limits = torch.Generator().manual_seed(seed), (tolerance, max_products)
             whole = hessian.largest(False, generator, *limits)
-            blocks = hessian.largest(True, generator, *limits).values if by_filter else None
+            blocks = hessian.largest(True, generator, *limits) if by_filter else None
+            converged = all(one.converged(tolerance) for one in (whole, blocks) if one)
+            if strict and not converged:
+                raise NotExactError(
+                    f"Layer '{name}': its largest eigenvalues have not converged after {max_products} products. "
+                    "Increase max_products= or tolerance=, or leave strict= out."
+                )
             square_norms, lambda_max = kernel.double().flatten(1).square().sum(1), float(whole.values)
             found[name] = LayerLambdaMax(
                 lambda_max=lambda_max,
                 residual_norm=float(whole.residuals),
                 num_products=whole.num_products,
                 layerwise_lambda_max=float(square_norms.sum()) * lambda_max,
-                neuronwise_lambda_max=float("nan") if blocks is None else float((square_norms * blocks).sum()),
-                filter_lambda_max=None if blocks is None else blocks.cpu(),
+                neuronwise_lambda_max=float((square_norms * blocks.values).sum()) if blocks else float("nan"),
+                filter_lambda_max=blocks.values.cpu() if blocks else None,
                 num_samples=total.num_samples,
                 info=info,
+                converged=converged,
             )
-    return LambdaMaxReport(found)
+    return LambdaMaxReport(found, options.loss_function.label)
 
 
 @dataclass(frozen=True)

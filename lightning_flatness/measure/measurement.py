@@ -28,6 +28,7 @@ from lightning_flatness.measure.samples import FIRST_SAMPLES, Held, Samples, Sam
 from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.model.isolation import untouched
+from lightning_flatness.model.options import of_keywords
 from lightning_flatness.model.precision import runs_in_half
 from lightning_flatness.model.rows import num_rows
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
@@ -48,7 +49,7 @@ class Measurement:
 
     def __init__(self, model: nn.Module, *, sync: bool = False, per_sample: bool = False, **options: Any) -> None:
         seed = options.get("seed", 0)
-        self._options = Options(**options)  # raises an error for invalid options
+        self._options = of_keywords(Options, options)  # raises an error for invalid options
         # Every rank has its own seed: variances may be summed over ranks only if their probes are independent.
         self.observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank(sync)})
         self._sync = sync

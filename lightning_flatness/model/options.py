@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_flatness.checks import plain
+from lightning_flatness.checks import check_word, plain
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Loss, find_loss
 
@@ -51,6 +51,13 @@ class MeasuringOptions:
                 f"dtype={self.dtype!r}: give 'float32' or 'float64', or None for the model's own dtype, with half "
                 "precision raised to float32."
             ) from None
+
+
+def of_keywords(options: type[Options], keywords: Mapping[str, Any]) -> Options:
+    """Create options from keyword arguments. Raise an error for a name that is no option."""
+    for name in keywords:
+        check_word("option", name, [field.name for field in fields(options) if field.init])
+    return options(**keywords)
 
 
 def of_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_flatness.checks import check_type
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import axes_or_new, set_heading, short
 from lightning_flatness.plots.words import exactness, known_error
@@ -50,6 +51,7 @@ def plot_block_traces(
         >>> ax.get_xlabel(), ax.get_ylabel()
         ("filter s'", 'filter s')
     """
+    check_type("layer", layer, LayerFlatness, "a layer of a FlatnessReport: report.layers['conv1']")
     if layer.block_traces.ndim != 3:
         raise FlatnessError(
             f"Layer '{layer.info.name}' has only the diagonal of block traces. Add 'relative_flatness' to measures=."

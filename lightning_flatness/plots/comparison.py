@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lightning_flatness.checks import check_type
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import (
     LEGEND_SIZE,
@@ -71,6 +72,7 @@ def plot_comparison(
         >>> len(axes)
         2
     """
+    check_type("comparison", comparison, Comparison, "a Comparison, as of compare()")
     rows = list(comparison.models.values())
     chosen = (
         [measures] if isinstance(measures, str) else list(measures or _default_measures(comparison, ax is not None))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_flatness.checks import check_type
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import axes_or_new, label_logarithm, plain_frame
 from lightning_flatness.plots.comparison import (
@@ -59,6 +60,7 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
         >>> ax.get_ylabel()
         'gap'
     """
+    check_type("comparison", comparison, Comparison, "a Comparison, as of compare()")
     check_measure(measure, DRAWN)
     rows = [
         row for row in comparison.models.values() if math.isfinite(row.outcome) and math.isfinite(getattr(row, measure))

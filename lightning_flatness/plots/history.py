@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_flatness.checks import check_type
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import (
     LEGEND_SIZE,
@@ -87,6 +88,7 @@ def plot_history(
         >>> len(figure.axes)
         2
     """
+    check_type("history", history, Sequence, "the history of a FlatnessCallback")
     if measure is None:
         measures = ("relative_flatness", "hessian_trace")
         measure = next((name for name in measures if any(name in record for record in history)), "relative_flatness")
@@ -247,6 +249,7 @@ def plot_layer_history(
         >>> ax.get_ylabel()
         'Hessian trace  (loss per squared weight)'
     """
+    check_type("history", history, Sequence, "the history of a FlatnessCallback")
     check_measure(measure, NAMES)
     suffix = f"/{measure}"
     keys = list(dict.fromkeys(key for record in history for key in record if key.endswith(suffix)))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_flatness.checks import check_type
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import (
     LEGEND_SIZE,
@@ -54,6 +55,7 @@ def plot_layers(
         >>> ax.get_xlabel()
         'relative flatness  (loss)'
     """
+    check_type("report", report, FlatnessReport, "a FlatnessReport")
     check_measure(measure, NAMES)
     layers = list(report.layers.values())
     values = [getattr(layer, measure) for layer in layers]

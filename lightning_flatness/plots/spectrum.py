@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_flatness.checks import check_type
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import (
     LEGEND_SIZE,
@@ -31,6 +32,7 @@ LOWEST_COLOUR = SERIES[0]
 # The density is drawn over this many powers of ten. Lower values come only from the tails of the Gaussians that smooth
 # the spectrum.
 DECADES = 7
+PAIRS = "pairs (epoch, SpectrumResult), or the history of a SpectrumCallback"
 
 
 def plot_density(
@@ -78,6 +80,7 @@ def plot_density(
         >>> ax.get_xlabel(), ax.get_yscale()
         ('eigenvalue of the Hessian  (loss per squared weight)', 'log')
     """
+    check_type("result", result, SpectrumResult, "a SpectrumResult")
     if not result.num_probes:
         raise FlatnessError(NO_DENSITY)
     figure, ax = axes_or_new(ax, 7.0, 4.0)
@@ -202,6 +205,7 @@ def plot_eigenvalues(
         >>> ax.get_xlabel()
         'epoch'
     """
+    check_type("history", history, Iterable, PAIRS)
     records = sorted((_numbers(entry) for entry in history), key=lambda record: record["epoch"])
     if not records:
         raise FlatnessError("The history is empty. Give plot_eigenvalues at least one pair (epoch, SpectrumResult).")
@@ -260,6 +264,7 @@ def _numbers(entry: tuple[float, SpectrumResult] | Mapping[str, Any]) -> Mapping
     """Return an entry of a history as a record, such as those of ``SpectrumCallback.history``."""
     if isinstance(entry, Mapping):
         return entry
+    check_type("An entry of the history", entry, (tuple, list), PAIRS)
     epoch, result = entry
     return {
         "epoch": epoch,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_flatness.results.records import Record, flat
 from lightning_flatness.results.tables import LayerInfo, notes, sentence_of
-from lightning_flatness.results.texts import as_text, measured, number_of
+from lightning_flatness.results.texts import as_text, measured, named, number_of
 
 NUMBERS = ("lambda_max", "residual_norm", "layerwise_lambda_max", "neuronwise_lambda_max")  # columns of the table
 
@@ -37,6 +37,8 @@ class LayerLambdaMax(Record):
         num_samples: number of samples that were measured.
         info: description of how the layer was measured. If ``info.exact`` is False, ``H`` is the Gauss-Newton matrix
             instead of the Hessian.
+        converged: whether every residual, also those of the filters, is at most ``tolerance`` times the absolute value
+            of its eigenvalue; None if not known, as in files of earlier versions.
 
     Example:
         >>> import torch, lightning_flatness as lf
@@ -54,18 +56,20 @@ class LayerLambdaMax(Record):
     filter_lambda_max: Tensor | None
     num_samples: int
     info: LayerInfo
+    converged: bool | None = None
 
     @property
     def exact(self) -> bool:
-        """Whether the eigenvalues are those of the Hessian itself, not of its Gauss-Newton part."""
-        return self.info.exact
+        """Whether the eigenvalues are those of the Hessian itself, not of its Gauss-Newton part, and have converged."""
+        return self.info.exact and self.converged is not False
 
     def table(self) -> Table:
         """Return a ``rich`` table of the layer's eigenvalues."""
         return LambdaMaxReport({self.info.name: self}).table()
 
     def _line(self) -> str:
-        value = f"largest eigenvalue {self.lambda_max:.4g}, residual {self.residual_norm:.1g}"
+        missing = " (not converged)" if self.converged is False else ""
+        value = f"largest eigenvalue {self.lambda_max:.4g}{missing}, residual {self.residual_norm:.1g}"
         return f"{self.info.name}: {value}, {number_of(self.num_samples, 'sample')}, {sentence_of(self.info)}"
 
 
@@ -75,6 +79,7 @@ class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
 
     Attributes:
         layers: mapping from layer names to eigenvalues, in the order in which the layers run.
+        loss_name: name of the loss, as in :class:`FlatnessReport`.
 
     Example:
         >>> import torch
@@ -85,10 +90,11 @@ class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
     """
 
     layers: Mapping[str, LayerLambdaMax]
+    loss_name: str = ""
 
     @property
     def exact(self) -> bool:
-        """Whether the eigenvalues of every layer are those of the Hessian itself, not of its Gauss-Newton part."""
+        """Whether the eigenvalues of every layer have converged and are those of the Hessian itself."""
         return all(layer.exact for layer in self.layers.values())
 
     @property
@@ -107,10 +113,14 @@ class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
 
     def table(self) -> Table:
         """Return a ``rich`` table with a row for every layer."""
-        notes_on_layers = notes([layer.info for layer in self.layers.values()], {})
+        sentences = [f"Loss: {self.loss_name}."] * bool(self.loss_name)
+        sentences += ["Residual: λ_max is at most that far from an eigenvalue."]
+        if rough := [name for name, layer in self.layers.items() if layer.converged is False]:
+            sentences += [f"Not converged ({named(rough)}): allow more products (max_products=)."]
+        sentences += notes([layer.info for layer in self.layers.values()], {})
         table = Table(
             title=f"Largest eigenvalues over {number_of(self.num_samples, 'sample')}",
-            caption=" ".join(["Residual: λ_max is at most that far from an eigenvalue.", *notes_on_layers]),
+            caption=" ".join(sentences),
             caption_justify="left",
         )
         table.add_column("layer", overflow="fold")
@@ -119,7 +129,8 @@ class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
         table.add_column("exact")
         for name, layer in self.layers.items():
             numbers = [measured(getattr(layer, number)) for number in NUMBERS]
-            table.add_row(Text(name), *numbers, layer.info.label)
+            label = layer.info.label if layer.exact == layer.info.exact else "no: not converged"
+            table.add_row(Text(name), *numbers, label)
         return table
 
     def __str__(self) -> str:
@@ -133,4 +144,5 @@ class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = [{"layer": name, **flat(layer._values(tensors=False))} for name, layer in self.layers.items()]
-        return [{key: value for key, value in row.items() if key != "name"} for row in rows]
+        shared = {"loss_name": self.loss_name}
+        return [{key: value for key, value in (row | shared).items() if key != "name"} for row in rows]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
@@ -234,6 +235,8 @@ def test_it_can_be_compiled():
         ({"features": torch.zeros(5, 3)}, "do not fit"),
         ({"features": torch.zeros(5, 2, 4)}, "a linear classifier that takes one feature vector"),
         ({"weight": torch.zeros(2, 4)}, "do not fit"),
+        ({"weight": nn.Linear(4, 3)}, r"weight is a Linear; give a tensor \(of a layer, its parameter `weight`\)"),
+        ({"targets": [0, 1, 2, 0, 1]}, "targets is a list; give a tensor"),
         ({"logits": torch.zeros(5, 1), "weight": torch.zeros(1, 4)}, "at least two, one for every class"),
         ({"targets": None, "class_weight": [1.0, 2.0, 3.0]}, "depends on the targets. Give targets="),
         ({"class_weight": [1.0, 2.0]}, r"class_weight has shape \(2,\), but there are 3 classes"),

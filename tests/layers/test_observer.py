@@ -76,3 +76,8 @@ def test_block_traces_of_a_report_are_symmetric_to_the_last_bit():
     net, data = network(), [batch()]
     for layer in lf.measure_flatness(net, data, layers="all").layers.values():
         assert_close(layer.block_traces, layer.block_traces.mT, rtol=0, atol=0)
+
+
+def test_an_option_that_does_not_exist():
+    with pytest.raises(lf.FlatnessError, match="option='layer' is not known; choose one of .*'layers'"):
+        lf.FlatnessObserver(network(), layer="0")

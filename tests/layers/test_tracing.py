@@ -9,115 +9,7 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.testing import oracle_block_traces
 from tests.guarding import guards
-
-
-class Own(nn.Module):
-    def __init__(self, inputs, outputs, size=3):
-        super().__init__()
-        self.weight = nn.Parameter(0.3 * torch.randn(outputs, inputs, size, size))
-
-    def forward(self, x):
-        return F.conv2d(x, self.weight)
-
-
-class Standardised(Own):
-    def forward(self, x):
-        return F.conv2d(x, self.weight / self.weight.flatten(1).norm(dim=1)[:, None, None, None])
-
-
-class LowRank(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.conv, self.delta = nn.Conv2d(inputs, outputs, 3), nn.Parameter(0.1 * torch.randn(outputs, 1, 1, 1))
-
-    def forward(self, x):
-        return F.conv2d(x, self.conv.weight + self.delta, self.conv.bias)
-
-
-class Together(Own):
-    """A layer that puts its kernel together from two parameters."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs - 2)
-        self.other = nn.Parameter(0.3 * torch.randn(2, inputs, 3, 3))
-
-    def forward(self, x):
-        return F.conv2d(x, torch.cat([self.weight, self.other]))
-
-
-class Bank(Own):
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, 3 * outputs)
-
-    def forward(self, x):
-        return F.conv2d(x, self.weight.chunk(3)[1])
-
-
-class OwnLinear(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs))
-
-    def forward(self, x):
-        return F.linear(x, self.weight)
-
-
-class Blur(nn.Module):
-    def __init__(self, channels, registered):
-        super().__init__()
-        kernel = torch.ones(channels, 1, 2, 2).double() / 4
-        if registered:
-            self.register_buffer("kernel", kernel)
-        else:
-            self.kernel = kernel
-
-    def forward(self, x):
-        return F.conv2d(x, self.kernel, groups=len(self.kernel))
-
-
-class Scaled(Own):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Direct(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.inner = nn.Conv2d(inputs, outputs, 3)
-
-    def forward(self, x):
-        return self.inner.forward(x)
-
-
-def network(layer, head=None):
-    torch.manual_seed(0)
-    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), layer, nn.ReLU(), *pooled, head or nn.Linear(5, 3)).double()
-
-
-X, Y = torch.randn(6, 2, 9, 9).double(), torch.arange(6) % 3
-
-
-@pytest.mark.parametrize("layers", ["last", "2", "all"])
-def test_a_convolution_of_ones_own_is_measured(layers):
-    net = network(Own(4, 5))
-    layer = lf.measure_flatness(net, [(X, Y)], layers=layers).layers["2"]
-    assert (layer.exact, layer.info.kernel, layer.info.kind) == (True, "parameter", "Own")
-    assert_close(layer.block_traces[0], oracle_block_traces(net, (X, Y), "2"), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", [Standardised, LowRank, Together, Bank])
-def test_a_computed_kernel_is_that_of_its_module(kind):
-    net = network(kind(4, 5))
-    report = lf.measure_flatness(net, [(X, Y)])
-    assert report.layers["2"].info.kernel == "effective"
-    same = network(nn.Conv2d(4, 5, 3))
-    same[0], same[6] = net[0], net[6]
-    with torch.no_grad():
-        kernel = net[2](torch.eye(36).double().view(36, 4, 3, 3)) - net[2](torch.zeros(1, 4, 3, 3).double())
-        same[2].weight.copy_(kernel.flatten(1).T.reshape(5, 4, 3, 3))
-        same[2].bias.copy_(net[2](torch.zeros(1, 4, 3, 3).double()).flatten())
-    assert_close(report.hessian_trace, lf.measure_flatness(same, [(X, Y)]).hessian_trace, rtol=1e-9, atol=0)
+from tests.layers.own_layers import Blur, Direct, Own, OwnLinear, Scaled, X, Y, network
 
 
 def test_a_head_of_ones_own_is_the_classifier():
@@ -153,6 +45,8 @@ class Root(nn.Module):
 HIDDEN = {
     "forward": (lambda: Root(lambda net, x: net.last.forward(x)), "last", r"layer.forward\(x\).*call it"),
     "function": (lambda: Root(lambda net, x: F.conv2d(x, net.last.weight)), "last", "function that takes the weight"),
+    "data": (lambda: Root(lambda net, x: F.conv2d(x, net.last.weight.data)), "last", "function that takes the weight"),
+    "detached": (lambda: Root(lambda net, x: F.conv2d(x, net.last.weight.detach())), "last", "without calling"),
     "own parameter": (
         lambda: Root(lambda net, x: F.conv2d(x, net.kernel)),
         "kernel",

@@ -236,6 +236,8 @@ def test_refusals():
         lf.compare([network(), network()])
     with pytest.raises(FlatnessError, match="layers= is for models"):
         lf.compare([measured(network()), measured(network())], layers="0")
+    with pytest.raises(FlatnessError, match="option='layer' is not known; choose one of .*'layers'"):
+        lf.compare([network(), network()], [samples()], layer="0")
     with pytest.raises(FlatnessError, match="mapping or a list"):
         lf.compare(network(), [samples()])
     with pytest.raises(FlatnessError, match="one process"):

@@ -125,6 +125,25 @@ def test_what_is_not_exact_says_so():
         lf.measure_lambda_max(net(nn.SiLU), [(X, Y)], layers="0", strict=True)
 
 
+def test_the_loss_is_named():
+    found = lf.measure_lambda_max(net(), [(X, Y)], label_smoothing=0.1)
+    assert found.loss_name == found.to_dict()["loss_name"] == "cross_entropy(label_smoothing=0.1)"
+    assert "Loss: cross_entropy(label_smoothing=0.1)." in " ".join(str(found).split())
+
+
+@pytest.mark.parametrize("by_filter", [False, True])
+def test_eigenvalues_that_have_not_converged_are_not_exact(by_filter):
+    rough, found = (
+        lf.measure_lambda_max(net(), [(X, Y)], max_products=products, by_filter=by_filter) for products in (1, 100)
+    )
+    assert (rough["3"].converged, rough.exact, found["3"].converged, found.exact) == (False, False, True, True)
+    assert "not converged" in repr(rough["3"])
+    assert "Not converged (3)" in str(rough)
+    assert "onverged" not in str(found) + repr(found["3"])
+    with pytest.raises(lf.NotExactError, match="'3': its largest eigenvalues have not converged.*max_products="):
+        lf.measure_lambda_max(net(), [(X, Y)], max_products=1, by_filter=by_filter, strict=True)
+
+
 def test_filters_can_be_left_out():
     found = lf.measure_lambda_max(net(), [(X, Y)], by_filter=False)["3"]
     assert found.filter_lambda_max is None

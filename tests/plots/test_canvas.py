@@ -5,8 +5,10 @@ import sys
 
 import pytest
 from matplotlib.figure import Figure
+from torch import nn
 
 import lightning_flatness as lf
+from lightning_flatness import plots
 from lightning_flatness.plots import plot_block_traces, plot_history
 from lightning_flatness.plots.canvas import set_heading
 
@@ -64,3 +66,18 @@ def test_missing_matplotlib_is_named(monkeypatch, layer, plot, missing):
         monkeypatch.delitem(sys.modules, "matplotlib.figure")
     with pytest.raises(lf.FlatnessError, match="matplotlib: pip install matplotlib"):
         plot(layer)
+
+
+@pytest.mark.parametrize(
+    "plot",
+    ["plot_layers", "plot_block_traces", "plot_density", "plot_eigenvalues", "plot_history", "plot_layer_history",
+     "plot_comparison", "plot_gap", "plot_line", "plot_contour", "plot_surface"],
+)  # fmt: skip
+def test_something_else_is_refused(plot):
+    with pytest.raises(lf.FlatnessError, match=" is a Linear"):
+        getattr(plots, plot)(nn.Linear(2, 3))
+
+
+def test_eigenvalues_without_their_epochs_are_refused():
+    with pytest.raises(lf.FlatnessError, match=r"is a Linear; give pairs \(epoch, SpectrumResult\)"):
+        plots.plot_eigenvalues([nn.Linear(2, 3)])

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.results import files
 from tests.guarding import guards
-from tests.results.made import RESULTS, assert_identical, flatness, landscape, spectrum, trajectory
+from tests.results.made import RESULTS, assert_identical, flatness, lambda_max, landscape, spectrum, trajectory
 
 MAKE = pytest.mark.parametrize("make", RESULTS.values(), ids=RESULTS)
 
@@ -137,6 +137,9 @@ def test_fields_that_were_added_later_have_their_defaults(tmp_path):
     loaded = lf.FlatnessReport.load(tmp_path / "a.npz")
     assert math.isnan(loaded.loss)
     assert loaded.samples == {}
+    lambda_max().save(tmp_path / "a.npz")
+    change(tmp_path / "a.npz", loss_name=None)
+    assert lf.LambdaMaxReport.load(tmp_path / "a.npz").loss_name == ""
 
 
 def test_files_are_read_without_the_package(tmp_path):

@@ -7,6 +7,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from lightning_flatness.layers.certificates import ROUNDINGS
 from lightning_flatness.layers.cotangents import Calls, nodes_of, pull_back, random_direction
 from lightning_flatness.model.graph import NoSecondDerivative, random_like, second_derivatives
 from lightning_flatness.results import SAMPLED
@@ -23,7 +24,7 @@ class Inexact(Enum):
     SAMPLED = SAMPLED
 
 
-def why_not_affine(calls: Calls, logits: Tensor, shift_invariant: bool) -> dict[str, Inexact | None]:
+def why_not_affine(calls: Calls, logits: Tensor, up_to_shift: bool) -> dict[str, Inexact | None]:
     """Return, for each layer, why the logits are not affine in its kernel; None if they are.
 
     Requires: every layer in ``calls`` ran once.
@@ -37,34 +38,47 @@ def why_not_affine(calls: Calls, logits: Tensor, shift_invariant: bool) -> dict[
     sum is zero only if every term is zero. If the sum is not zero, layer ``i`` is tested alone. The logits may still be
     affine in the kernel of this layer, for example if a gate multiplies the outputs of two layers.
 
-    With ``shift_invariant``, adding a number to all logits of a sample does not change the loss. Then the logits need
-    to be affine only up to such a number, so the coefficients of the random combination sum to zero for every sample.
+    With ``up_to_shift``, the logits need to be affine only up to a number that is added to all logits of a sample. So
+    the coefficients of the random combination sum to zero for every sample. This requires a loss that such a number
+    does not change, or whose gradient :func:`sums_to_zero`.
     """
     nodes = nodes_of(calls)
-    deltas = pull_back(logits, nodes, _combination(logits, shift_invariant), create_graph=True)
+    deltas = pull_back(logits, nodes, _combination(logits, up_to_shift), create_graph=True)
     directions = [random_direction(node, 1 + index) for index, node in enumerate(nodes)]
     second = second_derivatives(deltas, directions, nodes, retain_graph=True)
     if isinstance(second, NoSecondDerivative):
-        return {name: why_curved(logits, node, shift_invariant) for name, node in zip(calls, nodes, strict=True)}
+        return {name: why_curved(logits, node, up_to_shift) for name, node in zip(calls, nodes, strict=True)}
     reasons = {name: _not_zero(derivative) for name, derivative in zip(calls, second, strict=True)}
     if len(nodes) == 1:
         return reasons
     return {
-        name: why_curved(logits, node, shift_invariant) if reasons[name] else None
+        name: why_curved(logits, node, up_to_shift) if reasons[name] else None
         for name, node in zip(calls, nodes, strict=True)
     }
 
 
-def why_curved(logits: Tensor, node: Tensor, shift_invariant: bool) -> Inexact | None:
+def why_curved(logits: Tensor, node: Tensor, up_to_shift: bool) -> Inexact | None:
     """Return why the logits are not affine in the tensor ``node``; None if they are.
 
     The test is the same as in :func:`why_not_affine`. ``node`` is the output or the kernel of one layer.
     """
-    deltas = pull_back(logits, [node], _combination(logits, shift_invariant), create_graph=True)
+    deltas = pull_back(logits, [node], _combination(logits, up_to_shift), create_graph=True)
     second = second_derivatives(deltas, [random_direction(node)], [node], retain_graph=True)
     if isinstance(second, NoSecondDerivative):
         return Inexact.ONCE_DIFFERENTIABLE if second.marked else Inexact.NO_SECOND_DERIVATIVE
     return _not_zero(second[0])
+
+
+def sums_to_zero(residual: Tensor | None) -> bool:
+    """Return whether ``residual``, ``dloss/df``, sums to zero over the logits of every sample, up to rounding.
+
+    The Hessian has the second derivative of every logit times its entry of ``dloss/df``. If these entries sum to zero,
+    a curved number that is added to all logits of a sample adds nothing.
+    """
+    if residual is None:
+        return False
+    rounding = ROUNDINGS * torch.finfo(torch.float64).eps * residual.abs().sum(1).max()
+    return bool((residual.sum(1).abs() <= rounding).all())
 
 
 def _not_zero(second: Tensor | None) -> Inexact | None:
@@ -74,10 +88,10 @@ def _not_zero(second: Tensor | None) -> Inexact | None:
     return Inexact.CURVED if bool(second.isfinite().all()) else Inexact.NOT_FINITE
 
 
-def _combination(logits: Tensor, shift_invariant: bool) -> Tensor:
-    """Return the random coefficients ``(N, K)`` of the logits; with ``shift_invariant``, every row sums to zero."""
+def _combination(logits: Tensor, up_to_shift: bool) -> Tensor:
+    """Return the random coefficients ``(N, K)`` of the logits; with ``up_to_shift``, every row sums to zero."""
     u = random_like(logits)
-    if shift_invariant:
+    if up_to_shift:
         # Multiples of one power of two, with so few digits that the sum of a row is exact in every order of summation.
         # So every row sums to zero exactly.
         unit = torch.finfo(u.dtype).eps * 2 ** (16 * u.shape[1]).bit_length()

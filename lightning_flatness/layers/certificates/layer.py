@@ -38,10 +38,9 @@ def certify_layer(
     kernel has the same Gram matrix as in earlier batches. With ``half``, the layer may run in half precision.
 
     Raises:
-        LayerSelectionError: the layer does not return the output of one convolution, its kernel changes, or its input
-            is changed in place after the layer has run.
-        BatchError: the layer's dtypes or the shape of its input do not allow the measurement, or a weight is not
-            finite.
+        LayerSelectionError: the layer does not return the output of one convolution, its kernel changes, its input has
+            no batch dimension, or its input is changed in place after the layer has run.
+        BatchError: the layer's dtypes do not allow the measurement, or a weight is not finite.
     """
     for call in calls:
         _certify_convolution(call, known, half)
@@ -67,7 +66,7 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
     convolution = call.convolution
     output, weight = convolution.output, convolution.weight
     if output.ndim < 2 if convolution.channel_dimension == -1 else output.ndim != weight.ndim:
-        raise BatchError(
+        raise LayerSelectionError(
             "it runs on an input without a batch dimension. Give inputs whose first dimension counts samples, or "
             "choose another layer with layers=."
         )

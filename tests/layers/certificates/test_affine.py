@@ -123,6 +123,22 @@ def test_numbers_that_cross_entropy_does_not_see_may_be_added_to_the_logits(head
         assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
+def own(f, y):
+    return F.cross_entropy(f, y, reduction="none")
+
+
+@guards("layers.certificates.affine:sums_to_zero", returns=True)
+def test_numbers_may_be_added_where_the_gradient_of_ones_own_loss_sums_to_zero():
+    net = linear_net(lambda net, x: F.log_softmax(net.c(F.leaky_relu(net.a(x))), 1))
+    report = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", loss=own, strict=True)
+    expected = oracle_block_traces(net, (VECTORS, LABELS), "a")
+    assert_close(report.layers["a"].block_traces[0], expected, rtol=1e-9, atol=1e-12)
+    without_3, with_3 = (VECTORS, LABELS % 3), (VECTORS, torch.full_like(LABELS, 3))
+    for loss in (lambda f, y: own(f, y) + (y == 3) * f.sum(1), lambda f, y: torch.where(y == 3, -f[:, 3], own(f, y))):
+        assert lf.measure_flatness(net, [without_3], layers="a", loss=loss).exact
+        assert not lf.measure_flatness(net, [without_3, with_3], layers="a", loss=loss).exact
+
+
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_a_layer_that_runs_twice_before_a_log_softmax(kernel):
     torch.manual_seed(kernel)
@@ -142,7 +158,7 @@ def test_a_layer_that_runs_twice_before_a_log_softmax(kernel):
     assert not lf.measure_flatness(Twice(nn.Tanh()).double(), [(x, y)], layers="shared").exact
 
 
-@guards("layers/certificates/affine.py", "if shift_invariant:\n        # Mult", "if True:\n        # Mult", ids="mse")
+@guards("layers/certificates/affine.py", "if up_to_shift:\n        # Mult", "if True:\n        # Mult", ids="mse")
 @pytest.mark.parametrize(("loss", "activation"), [("mse", F.relu), ("cross_entropy", F.silu)], ids=["mse", "silu"])
 def test_other_curvature_is_seen_through_a_log_softmax(loss, activation):
     net = linear_net(lambda net, x: F.log_softmax(net.c(activation(net.a(x))), 1))
@@ -154,7 +170,7 @@ def test_other_curvature_is_seen_through_a_log_softmax(loss, activation):
 @pytest.mark.parametrize("classes", [2, 3, 10, 1000, 21_843])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rows_of_a_combination_sum_to_zero_in_any_order(classes, dtype):
-    u = _combination(torch.empty(4, classes, dtype=dtype), shift_invariant=True).detach()
+    u = _combination(torch.empty(4, classes, dtype=dtype), up_to_shift=True).detach()
     for order in (torch.arange(classes), torch.randperm(classes), u[0].argsort(), u[0].abs().argsort()):
         assert not u[:, order].cumsum(1)[:, -1].any()
     assert u.any(1).all()

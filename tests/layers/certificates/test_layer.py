@@ -106,6 +106,23 @@ def test_a_layer_of_complex_numbers_is_left_out():
     assert report.relative_flatness == expected.relative_flatness
 
 
+class Gated(PooledNet):
+    """Multiplies the features by a gate of a vector that has no batch dimension."""
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3)) * self.gate(self.prompt))
+
+
+def test_a_layer_of_an_input_without_a_batch_dimension_is_left_out():
+    net = Gated().double()
+    net.gate, net.prompt = nn.Linear(7, 6).double(), torch.randn(7).double()
+    for measured in (lf.measure_flatness, lf.measure_lambda_max):
+        assert list(measured(net, [(X.double(), Y)], layers="all").layers) == ["conv", "head"]
+    report = lf.measure_flatness(net, [(X.double(), Y)], layers="all")
+    assert "'gate': it runs on an input without a batch dimension" in report.left_out["gate"]
+    assert_matches_oracle(net, (X, Y), "conv")
+
+
 def test_layer_of_two_convolutions_is_refused():
     class Adapted(nn.Conv2d):
         def forward(self, x):
