@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
 from lightning_flatness.model.call import Call, as_call, map_tensors, tensors_of
 from lightning_flatness.model.names import plain_name
-from lightning_flatness.model.precision import HALF
+from lightning_flatness.model.precision import HALF, name_of
 
 WITHOUT_FLOAT64 = ("mps",)  # types of devices that do not support float64
 
@@ -132,11 +132,14 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
         )
     if not isinstance(error, RuntimeError) or isinstance(error, CheckpointError) or is_out_of_memory(error):
         return ""
-    if "type" in str(error) and _is_cast(model, dtype):
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if "type" in str(error) and _are_cast(types, dtype):
+        # Half precision cannot be measured in, so another dtype= does not help there.
+        own = "" if len(types) > 1 or types & {*HALF} else f", or set dtype='{name_of(*types)}'"
         return (
             f"The model's forward fails in {dtype or torch.float32}, in which it is measured ({error}). The forward "
             "seems to cast tensors to a fixed type; cast to the type of a weight instead, e.g. "
-            "x.to(self.conv.weight.dtype), or set dtype=."
+            f"x.to(self.conv.weight.dtype){own}."
         )
     kinds = dict.fromkeys(f"{tuple(tensor.shape)} and type {tensor.dtype}" for tensor in tensors_of(call))
     if not kinds or not any(word in str(error).lower() for word in SHAPE_WORDS):
@@ -161,9 +164,8 @@ def _is_of_inputs(model: nn.Module, call: Call, message: str) -> bool:
     return passes_on and "forward()" in message and "argument" in message
 
 
-def _is_cast(model: nn.Module, dtype: torch.dtype | None) -> bool:
-    """Return whether some parameters are measured in another floating-point type than their own."""
-    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+def _are_cast(types: Collection[torch.dtype], dtype: torch.dtype | None) -> bool:
+    """Return whether parameters of some of these floating-point types are measured in another type."""
     return any(own in HALF or own != (dtype or own) for own in types)
 
 
