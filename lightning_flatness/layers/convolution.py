@@ -95,4 +95,6 @@ def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None =
     inputs = input.detach()
     tokens = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]) if inputs.ndim > 1 else inputs
     geometry = ConvolutionGeometry((1,), (1,), (0,), (1,))
-    return Convolution(tokens.mT if inputs.ndim > 1 else tokens, weight, geometry, output, channel_dimension=-1, bias=bias)
+    return Convolution(
+        tokens.mT if inputs.ndim > 1 else tokens, weight, geometry, output, channel_dimension=-1, bias=bias
+    )

@@ -117,7 +117,9 @@ class Recorder:
         uses, features = tuple(self._functions.uses), tuple(self._features)
         seen = [*self.nodes, *features, self._classifier_output, logits]
         half = next((one.dtype for one in seen if isinstance(one, Tensor) and one.dtype in HALF), None)
-        return Pass(inputs, logits, calls, features, self._classifier_output, uses, eps, half, *self._classifier_weights)
+        return Pass(
+            inputs, logits, calls, features, self._classifier_output, uses, eps, half, *self._classifier_weights
+        )
 
     def __enter__(self) -> Recorder:
         if self._live:

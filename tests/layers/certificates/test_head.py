@@ -85,6 +85,7 @@ class Remembers(nn.Module):
         return weight + 0 * torch.randn_like(weight)
 
 
+@guards("layers/recording.py", "module._parameters.get(name) for name", "getattr(module, name) for name")
 def test_a_classifier_whose_weight_is_computed_leaves_no_trace():
     """A user's call leaves the same, whether it is observed or not."""
     net = PooledNet(head=register_parametrization(nn.Linear(6, 4), "weight", Remembers())).eval()
