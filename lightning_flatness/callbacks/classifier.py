@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from lightning_flatness.callbacks.lightning_imports import LightningModule
@@ -29,6 +30,15 @@ class StepCall(NamedTuple):
     name: str
     features: Any  # the layer's input
     logits: Tensor  # the layer's output, which are the logits of the loss if the layer is the classifier
+    computed: Mapping[str, Tensor]  # weight and bias, by name, if a parametrization has computed them
+
+    def applied(self, layer: nn.Module, name: str) -> Tensor | None:
+        """Return the layer's weight or bias in this call.
+
+        To read the attribute would compute it again, which may write to buffers or draw random numbers.
+        """
+        tensor = self.computed[name] if name in self.computed else getattr(layer, name, None)
+        return tensor if isinstance(tensor, Tensor) else None
 
 
 class CallRecorder:
@@ -41,13 +51,19 @@ class CallRecorder:
     def __init__(self) -> None:
         self.listens = False
         self.calls: list[StepCall] = []
+        # The latest weight and bias that parametrizations have computed, by the names of the layer and of the tensor.
+        self.computed: dict[str, dict[str, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
     def attach(self, layers: dict[str, nn.Module]) -> None:
         """Stop recording, drop the recorded calls, and put hooks on these layers only."""
         self.detach()
         for name, layer in layers.items():
-            self._handles.append(layer.register_forward_hook(_Hook(self, name), with_kwargs=True))
+            hook = _Hook(self, name)
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            if is_parametrized(layer):
+                for key, parametrization in layer.parametrizations.items():  # type: ignore[union-attr, operator]
+                    self._handles.append(parametrization.register_forward_hook(_ComputedHook(hook, key)))
 
     def detach(self) -> None:
         """Remove all hooks, and drop the recorded calls."""
@@ -59,6 +75,7 @@ class CallRecorder:
     def listen(self, listens: bool) -> None:
         """Drop the recorded calls. Then start recording if ``listens`` is True, or stop recording if it is False."""
         self.calls.clear()
+        self.computed.clear()
         self.listens = listens
 
     def take(self) -> list[StepCall]:
@@ -78,10 +95,23 @@ class _Hook:
         # A call without gradients belongs to a teacher network, or to a segment under activation checkpointing.
         if self.recorder is not None and self.recorder.listens and isinstance(output, Tensor) and output.requires_grad:
             features = arguments[0] if len(arguments) > 0 else keywords.get("input")
-            self.recorder.calls.append(StepCall(self.name, features, output))
+            computed = dict(self.recorder.computed.get(self.name, {}))
+            self.recorder.calls.append(StepCall(self.name, features, output, computed))
 
     def __reduce__(self) -> Any:
         return _Hook, (None, self.name)  # a copy or pickle of the module must not contain the callback
+
+
+class _ComputedHook:
+    """A forward hook that keeps the latest tensor that a parametrization of one layer has computed."""
+
+    def __init__(self, hook: _Hook, key: str) -> None:
+        self.hook, self.key = hook, key
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        recorder = self.hook.recorder
+        if recorder is not None and recorder.listens:
+            recorder.computed.setdefault(self.hook.name, {})[self.key] = output
 
 
 def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Module]:
@@ -186,7 +216,7 @@ BY_HAND = (
 
 def _is_on_vectors(call: StepCall) -> bool:
     """Return whether a layer's input and output have one vector per sample, as in ``(N, m)`` or ``(N, m, 1, 1)``."""
-    shapes = [tensor.shape for tensor in call[1:] if isinstance(tensor, Tensor)]
+    shapes = [tensor.shape for tensor in (call.features, call.logits) if isinstance(tensor, Tensor)]
     return len(shapes) == 2 and all(len(shape) >= 2 and set(shape[2:]) <= {1} for shape in shapes)
 
 
@@ -197,7 +227,9 @@ def _why_not_linear(layer: nn.Module, call: StepCall) -> str:
     eps = REDUCED_EPS if reduced else torch.finfo(logits.dtype).eps
     half = logits.dtype if logits.dtype in HALF else None
     try:
-        certify_head(layer, Pass(None, logits, {}, (call.features,), logits, (), eps, half), shift_invariant=False)
+        weights = call.applied(layer, "weight"), call.applied(layer, "bias")
+        step = Pass(None, logits, {}, (call.features,), logits, (), eps, half, *weights)
+        certify_head(layer, step, shift_invariant=False)
     except NotClosedFormError as error:
         return str(error)
     return ""

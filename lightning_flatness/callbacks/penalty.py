@@ -306,8 +306,8 @@ class FlatnessPenalty(Callback):
         return targets if are_indices else None
 
     def _flatness(self, call: StepCall, layer: nn.Module) -> Tensor:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        weight = call.applied(layer, "weight")
+        assert weight is not None
         options = {"measure": self.measure, "normalize": self.normalize, **self._options}
         with _named():
             return flatness_penalty(call.features, call.logits, weight, self._targets_for(call), **options)

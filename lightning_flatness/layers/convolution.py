@@ -31,6 +31,7 @@ class Convolution:
     channel_dimension: int = 1
     unpadded: Tensor | None = None  # with padding="same": the inputs before padding; else None
     output_version: int | None = None  # version counter of the output when it was computed; None if it has none
+    bias: Tensor | None = None
 
     @property
     def read(self) -> Tensor:
@@ -86,7 +87,7 @@ def _convolution(
         unpadded = input.detach()
     paddings = (0,) * dimensions if isinstance(padding, str) else per_dimension(padding)
     geometry = ConvolutionGeometry(kernel_size, per_dimension(stride), paddings, dilations, groups)
-    return Convolution(inputs, weight, geometry, output, unpadded=unpadded)
+    return Convolution(inputs, weight, geometry, output, unpadded=unpadded, bias=bias)
 
 
 def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Convolution:
@@ -94,4 +95,6 @@ def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None =
     inputs = input.detach()
     tokens = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]) if inputs.ndim > 1 else inputs
     geometry = ConvolutionGeometry((1,), (1,), (0,), (1,))
-    return Convolution(tokens.mT if inputs.ndim > 1 else tokens, weight, geometry, output, channel_dimension=-1)
+    return Convolution(
+        tokens.mT if inputs.ndim > 1 else tokens, weight, geometry, output, channel_dimension=-1, bias=bias
+    )

@@ -20,7 +20,7 @@ from lightning_flatness.layers.gauss_newton import Advance, rows_at_a_time
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.recording import Pass
 from lightning_flatness.layers.selection import Selection, select
-from lightning_flatness.model.answer import Answer
+from lightning_flatness.model.answer import Answer, naming_buffers
 from lightning_flatness.model.call import Call, as_call
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import WithoutAutocast, isolated
@@ -207,7 +207,8 @@ class OwnPasses:
         if first_batch and start + rows <= len(whole):  # `whole` has fewer samples than the batch if memory ran out
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
         if part.answer is not None:
-            part.answer.certify_logits(logits[:rows].detach(), start, in_half=mode.was_needed)
+            with naming_buffers(lambda: self._changing_buffers(part.inputs)):
+                part.answer.certify_logits(logits[:rows].detach(), start, in_half=mode.was_needed)
         if first:
             self.release()  # certificate 4 makes another copy; two would take too much memory
         no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
@@ -216,6 +217,11 @@ class OwnPasses:
         modules = selection.modules  # `certify` may have left out some of these
         self._selection = replace(selection, modules={name: modules[name] for name in self.known.layers})
         return certified
+
+    def _changing_buffers(self, inputs: Any) -> list[str]:
+        """Return the names of the buffers that every call of the model changes, if the logits depend on them."""
+        prefix = self._options.prefix
+        return [f"{prefix}.{name}" if prefix else name for name in self._copy.changing_buffers(inputs)]
 
     def _recorded(self, inputs: Any) -> Pass:
         """Run the model's copy on the inputs, and record the pass."""

@@ -5,7 +5,7 @@ The terms are explained in ``layers/__init__.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,6 +67,8 @@ class Pass:
     eps: float  # machine epsilon of matrix products: of TF32 if torch's flags allow it, else of the logits' dtype
     half: torch.dtype | None = None  # half-precision dtype of layers, classifier or logits; None if there is none
     late: tuple[str, ...] = ()  # names of idle layers (see Recorder) that ran
+    classifier_weight: Tensor | None = None  # what the latest call of the classifier applied; None if not known
+    classifier_bias: Tensor | None = None
 
 
 class Recorder:
@@ -101,6 +103,7 @@ class Recorder:
         self._idle, self._late = idle or {}, dict[str, None]()
         self._features: list[Any] = []
         self._classifier_output: Tensor | None = None
+        self._classifier_weights: tuple[Tensor | None, Tensor | None] = (None, None)  # weight and bias
         self._reduced: set[str] = set()  # types of devices where torch's flags let float32 run in TF32
         self._functions = _FunctionMode({id(tensor): name for name, tensor in (watched or {}).items()})
 
@@ -118,7 +121,10 @@ class Recorder:
         uses, features = tuple(self._functions.uses), tuple(self._features)
         seen = [*self.nodes, *features, self._classifier_output, logits]
         half = next((one.dtype for one in seen if isinstance(one, Tensor) and one.dtype in HALF), None)
-        return Pass(inputs, logits, calls, features, self._classifier_output, uses, eps, half, tuple(self._late))
+        weights = self._classifier_weights
+        return Pass(
+            inputs, logits, calls, features, self._classifier_output, uses, eps, half, tuple(self._late), *weights
+        )
 
     def __enter__(self) -> Recorder:
         if self._live:
@@ -221,6 +227,7 @@ class Recorder:
 
     def _before_classifier(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Record the classifier's input. In a user's pass, the graph ends there."""
+        self._functions.running.append([])
         given = (*arguments, *keywords.values())
         self._features.append(given[0] if len(given) == 1 else None)
         if not self._live:
@@ -230,9 +237,23 @@ class Recorder:
         return tuple(detached[: len(arguments)]), dict(zip(keywords, detached[len(arguments) :], strict=True))
 
     def _after_classifier(self, module: nn.Module, arguments: Any, returned: Any) -> None:
-        """Record the classifier's output."""
+        """Record the classifier's output, and the weight and bias that it applied."""
+        self._classifier_weights = _applied(module, self._functions.running.pop())
         if isinstance(returned, Tensor):
             self._classifier_output = returned.detach()
+
+
+def _applied(module: nn.Module, convolutions: Sequence[Convolution]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weight and bias that a module has applied; ``convolutions`` ran inside it.
+
+    If the module has no such parameter, it computes the tensor, e.g. by a parametrization. Then the tensor is taken
+    from the convolution. To read the attribute would compute the tensor again, which may write to buffers or draw
+    random numbers.
+    """
+    (one,) = convolutions if len(convolutions) == 1 else (None,)
+    computed = {} if one is None else {"weight": one.weight, "bias": one.bias}
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    return computed.get("weight") if weight is None else weight, computed.get("bias") if bias is None else bias
 
 
 def versions_of(convolutions: tuple[Convolution, ...]) -> tuple[int | None, ...]:

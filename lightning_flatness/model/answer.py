@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.model.call import Call
 from lightning_flatness.model.isolation import float32_is_reduced
 from lightning_flatness.model.logits import ROUNDINGS, any_logits_of
+from lightning_flatness.model.names import listed
 from lightning_flatness.model.precision import HALF, current_precision, runs_in_half
 from lightning_flatness.model.whole import is_sharded
 
@@ -116,6 +117,24 @@ def _overridden_call(kind: type) -> str:
         f" {kind.__name__} overrides __call__, and calls are recorded where they reach forward(). If __call__ changes "
         "inputs or logits, make these changes in forward()."
     )
+
+
+@contextmanager
+def naming_buffers(changing: Callable[[], list[str]]) -> Iterator[None]:
+    """Inside the block, an error about other logits names the buffers that ``changing`` returns, if there are any."""
+    try:
+        yield
+    except BatchError as error:
+        names = changing()
+        if not names:
+            raise
+        raise BatchError(
+            "The network returns other logits within the validation step than after it. Its forward changes buffers in "
+            f"evaluation mode ({listed([repr(name) for name in names], most=3)}), and the logits depend on them, so "
+            "the next call returns other logits. Let the forward change them in training mode only (if "
+            "self.training). For fake quantization, call model.apply(torch.ao.quantization.disable_observer) before "
+            "validation."
+        ) from error
 
 
 def _largest(logits: Tensor) -> Tensor:

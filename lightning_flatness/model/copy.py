@@ -13,8 +13,9 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
 from lightning_flatness.model.call import Call, as_call, map_tensors, tensors_of
+from lightning_flatness.model.logits import differ, logits_of
 from lightning_flatness.model.names import plain_name
-from lightning_flatness.model.precision import HALF
+from lightning_flatness.model.precision import HALF, name_of
 
 WITHOUT_FLOAT64 = ("mps",)  # types of devices that do not support float64
 
@@ -70,9 +71,31 @@ class ModelCopy:
         the buffers or of their replacements. Replacements of buffers in ``written`` are not copied, so the forward
         writes to them.
         """
+        replaced = {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
+        return self._run(inputs, replaced, {id(buffer) for buffer in written})[0]
+
+    def changing_buffers(self, inputs: Any) -> list[str]:
+        """Return the names of the buffers that the forward changes.
+
+        The list is empty if these changes do not matter: a second call, which begins with the changed buffers, returns
+        the same logits.
+        """
+        first, after = self._run(inputs, {}, set())
+        keys = {name: key for name, key in self._slots.items() if key in self._buffers}
+        names = [name for name, key in keys.items() if not _same(after[name], self._copies[key])]
+        second, _ = self._run(inputs, {keys[name]: after[name] for name in names}, set())
+        return [plain_name(name) for name in names] if differ(logits_of(first), logits_of(second)) else []
+
+    def _run(
+        self, inputs: Any, replaced: Mapping[int, Tensor], written: Collection[int]
+    ) -> tuple[Any, Mapping[str, Tensor]]:
+        """Call the model as :meth:`__call__` does; return the output, and the tensors by name as they are afterwards.
+
+        ``replaced`` and ``written`` name parameters and buffers by ``id``.
+        """
         call = map_tensors(as_call(inputs), lambda tensor: measured(tensor, self._dtype_of(tensor)).clone())
-        tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
-        begun = self._buffers - {id(buffer) for buffer in written}
+        tensors = {**self._copies, **replaced}
+        begun = self._buffers - {*written}
         with torch.inference_mode(False):  # so that these tensors can be in an autograd graph
             tensors |= {key: tensors[key].clone() for key in begun}  # so that every call begins with the same buffers
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
@@ -87,7 +110,11 @@ class ModelCopy:
             raise
         buffers = [name for name, key in self._slots.items() if key in self._buffers]
         self.keeps_graph = any(substitutes[name].requires_grad for name in buffers)
-        return output
+        return output, substitutes
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other), other)
 
 
 def refuse_meta(name: str, tensor: Tensor) -> None:
@@ -132,11 +159,14 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
         )
     if not isinstance(error, RuntimeError) or isinstance(error, CheckpointError) or is_out_of_memory(error):
         return ""
-    if "type" in str(error) and _is_cast(model, dtype):
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if "type" in str(error) and _are_cast(types, dtype):
+        # Half precision cannot be measured in, so another dtype= does not help there.
+        own = "" if len(types) > 1 or types & {*HALF} else f", or set dtype='{name_of(*types)}'"
         return (
             f"The model's forward fails in {dtype or torch.float32}, in which it is measured ({error}). The forward "
             "seems to cast tensors to a fixed type; cast to the type of a weight instead, e.g. "
-            "x.to(self.conv.weight.dtype), or set dtype=."
+            f"x.to(self.conv.weight.dtype){own}."
         )
     kinds = dict.fromkeys(f"{tuple(tensor.shape)} and type {tensor.dtype}" for tensor in tensors_of(call))
     if not kinds or not any(word in str(error).lower() for word in SHAPE_WORDS):
@@ -161,9 +191,8 @@ def _is_of_inputs(model: nn.Module, call: Call, message: str) -> bool:
     return passes_on and "forward()" in message and "argument" in message
 
 
-def _is_cast(model: nn.Module, dtype: torch.dtype | None) -> bool:
-    """Return whether some parameters are measured in another floating-point type than their own."""
-    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+def _are_cast(types: Collection[torch.dtype], dtype: torch.dtype | None) -> bool:
+    """Return whether parameters of some of these floating-point types are measured in another type."""
     return any(own in HALF or own != (dtype or own) for own in types)
 
 

@@ -122,6 +122,30 @@ def test_a_step_that_changes_the_network_is_refused(tmp_path, step, live):
         validate(tmp_path, step(network), lf.FlatnessCallback(live=live))
 
 
+class MovingAverage(networks.Plain):
+    """Divides by an average that every call moves, as the observers of fake quantization do."""
+
+    def __init__(self, matters=True):
+        super().__init__()
+        self.matters = matters
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def tail(self, z, upstream):
+        self.scale.mul_(0.9).add_(z.detach().abs().max(), alpha=0.1)
+        return super().tail(z / self.scale if self.matters else z, upstream)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_buffers_that_every_call_changes_are_named(tmp_path, live):
+    with pytest.raises(lf.BatchError, match=r"changes buffers in evaluation mode \('net.scale'\).*disable_observer"):
+        validate(tmp_path, Module(MovingAverage()), lf.FlatnessCallback(live=live))
+
+
+def test_buffers_that_do_not_matter_are_not_named(tmp_path):
+    with pytest.raises(lf.BatchError, match=LOGITS):
+        validate(tmp_path, HeatsUp(MovingAverage(matters=False)), lf.FlatnessCallback())
+
+
 def test_it_is_refused_before_training(tmp_path):
     module = Averages(networks.Plain())
     train, val = loaders(dtype=torch.float64)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
@@ -171,8 +172,18 @@ def test_what_is_logged_is_what_is_added(tmp_path):
     assert logged["penalty/strength"] == pytest.approx(0.3)
 
 
-def test_strength_zero_only_logs(tmp_path):
+@guards(
+    "callbacks/classifier.py",
+    "self.computed[name] if name in self.computed else getattr",
+    "getattr",
+    ids="spectral norm",
+)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "spectral norm"])
+def test_strength_zero_only_logs(tmp_path, normed):
     plain, watched = Classifier(), Classifier()
+    for module in (plain, watched) if normed else ():
+        torch.manual_seed(0)
+        spectral_norm(module.net.fc)  # writes to buffers whenever it computes the weight
     fitted(tmp_path, plain)
     trainer = fitted(tmp_path, watched, lf.FlatnessPenalty(0, measure="layerwise_flatness", prefix="watched"))
     assert_close(weights_of(watched), weights_of(plain), rtol=0.0, atol=0.0)

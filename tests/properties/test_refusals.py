@@ -77,11 +77,23 @@ class CastsItself(Net):
         return super().forward(x.bfloat16())
 
 
-@guards("model.copy:_is_cast", returns=False)
+@guards("model.copy:_are_cast", returns=False)
 def test_forward_that_casts_to_half_precision():
     refused(
-        lf.BatchError, "fails in torch.float32, in which it is measured.*cast to the type of", CastsItself().bfloat16()
+        lf.BatchError,
+        r"fails in torch.float32, in which it is measured.*cast to the type of.*conv.weight.dtype\)\.$",
+        CastsItself().bfloat16(),
     )
+
+
+@pytest.mark.parametrize(("own", "other"), [("float32", "float64"), ("float64", "float32")])
+def test_forward_that_casts_to_another_precision_names_it(own, other):
+    class Casts(Net):
+        def forward(self, x):
+            return super().forward(x.to(getattr(torch, own)))
+
+    net = Casts().to(getattr(torch, own))
+    refused(lf.BatchError, f"fails in torch.{other}.*or set dtype='{own}'", net, dtype=other)
 
 
 class CastsWeights(Net):

@@ -53,14 +53,15 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
         )
     features, output = features.flatten(1), output.flatten(1)
     entries = features.detach() if recorded.half is None else features.detach().float()
-    weight = classifier.weight.detach().flatten(1).to(entries)  # type: ignore[operator]
+    if recorded.classifier_weight is None:
+        raise NotClosedFormError(NOT_LINEAR)
+    weight = _as(entries, recorded.classifier_weight).flatten(1)
     if weight.shape[1] != features.shape[1]:
         raise NotClosedFormError(
             f"its filters have {weight.shape[1]} entries, but its input has {features.shape[1]} features, because it "
             "is a convolution with groups or padding. The closed form needs a weight from every feature to every logit."
         )
-    bias = getattr(classifier, "bias", None)
-    bias = bias.detach().to(entries) if isinstance(bias, Tensor) else None
+    bias = None if recorded.classifier_bias is None else _as(entries, recorded.classifier_bias)
     if recorded.half is None:
         _certify_linear(entries, weight, bias, output, recorded.eps)
     else:
@@ -68,6 +69,12 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
     deviation = _certify_logits(logits.detach(), output, shift_invariant)
     in_full = logits.detach() if recorded.half is None else nn.functional.linear(entries, weight, bias)
     return Head(features, weight, deviation, shift_invariant, in_full)
+
+
+def _as(entries: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor, detached, with the dtype and device of ``entries``; no inference tensor, as autograd needs."""
+    tensor = tensor.detach().to(entries)
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, eps: float) -> None:

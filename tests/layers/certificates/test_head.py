@@ -1,10 +1,14 @@
 """Heads that are not what they seem: the right number with its label, or a refusal that says why."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
+from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.testing import assert_matches_oracle
@@ -61,6 +65,44 @@ def test_cosine_classifier_is_noticed():
 
 def test_weight_normed_classifier_is_measured():
     assert_matches_oracle(PooledNet(head=parametrizations.weight_norm(nn.Linear(6, 4))), (X, Y), "conv")
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_weight_normed_classifier_is_measured_in_another_precision(norm):
+    assert lf.measure_flatness(PooledNet(head=norm(nn.Linear(6, 4))), [(X, Y)], dtype="float64", strict=True).exact
+
+
+class Remembers(nn.Module):
+    """Counts how often the weight is computed, and draws numbers that do not matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight + 0 * torch.randn_like(weight)
+
+
+@guards("layers/recording.py", "module._parameters.get(name) for name", "getattr(module, name) for name")
+def test_a_classifier_whose_weight_is_computed_leaves_no_trace():
+    """A user's call leaves the same, whether it is observed or not."""
+    net = PooledNet(head=register_parametrization(nn.Linear(6, 4), "weight", Remembers())).eval()
+    twin, state = copy.deepcopy(net), torch.get_rng_state()
+    expected = lf.measure_flatness(net, [(X, Y)]).layers["conv"].block_traces[0]
+    observer = lf.FlatnessObserver(net)
+    with torch.inference_mode():
+        assert observer.why_not_live(X, Y) == ""
+        with observer.listen(X) as heard:
+            net(X)
+    observed = observer.observed(heard, Y)["conv"].block_traces
+    assert_close(observed[0] / len(X), expected, rtol=1e-4, atol=1e-7)
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(state)
+    twin(X)
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert_close(net.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
 def test_frozen_classifier_without_bias_is_measured():
