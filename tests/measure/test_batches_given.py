@@ -1,6 +1,6 @@
 """What is given as batches: a single batch is measured as one or refused by name, and nothing is read in part."""
 
-from collections import namedtuple
+from collections import UserList, deque, namedtuple
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lightning_flatness as lf
-from lightning_flatness.measure.batches import as_batches, split_batch, targets_of
+from lightning_flatness.measure.batches import as_batches, described, rivals_of, split_batch, targets_of
 from tests.guarding import guards
 
 torch.manual_seed(0)
@@ -53,6 +53,8 @@ FUNCTIONS = [flatness, eigenvalue, spectrum, landscape]
 SINGLE = {
     "tuple": (X, Y),
     "list of a default collate": [X, Y],
+    "sequence that is no list": UserList([X, Y]),
+    "queue": deque([X, Y]),
     "soft targets": (X, SOFT),
     "mapping": {"image": X, "label": Y},
     "dataclass": Batch(X, Y),
@@ -69,6 +71,13 @@ def test_a_single_batch_is_measured_as_one(function, batch):
 
 def test_a_single_batch_without_targets():
     assert_close(flatness((X, None)), flatness([X]))
+
+
+def test_a_sequence_that_is_no_list_is_a_batch_or_its_inputs():
+    for batch in (UserList([X, Y]), deque([X, Y]), (UserList([X]), Y)):
+        assert_close(flatness([batch]), flatness([(X, Y)]))
+    assert rivals_of(UserList([(X, Y), Y])) == [Y]
+    assert described(deque([X, 1])) == "a deque of length 2 (Tensor, int)"
 
 
 @pytest.mark.parametrize("names", ["label image", "species image", "label pixels"])
@@ -127,6 +136,7 @@ REFUSED = {
     "other numbers of samples": ((X, Y[:5]), "of 2 tensors"),
     "tables that are alike": ((SOFT, SOFT), r"of 2 tensors.*\[\(inputs, None\), ...\]"),
     "list of tables that are alike": ([SOFT, SOFT], "of 2 tensors"),
+    "sequence of tables that are alike": (UserList([SOFT, SOFT]), "batches is a UserList, of 2 tensors"),
     "tokens of two lengths": ([torch.ones(6, 4), torch.ones(6, 5)], "of 2 tensors"),
     "tuple of images": ((X, X), "of 2 tensors"),
     "mapping of other names": ({"a": X, "b": Y}, r"batches is a dict, not a list of batches: give a DataLoader"),
@@ -167,6 +177,8 @@ LISTS = {
     "tables of other numbers of samples": [SOFT, SOFT[:3]],
     "pairs and inputs": [(X, Y), X],
     "with None": [(X, None), (X, None)],
+    "sequences that are no lists": UserList([UserList([X, Y]), deque([X, Y])]),
+    "inputs, and pairs that are no lists": [X, UserList([X, Y])],
 }
 
 
