@@ -179,6 +179,7 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Return ``(inputs, targets)`` of a batch; a single tensor counts as inputs without targets.
 
+    So does a list of one tensor, such as the batches of a ``DataLoader`` of ``TensorDataset(inputs)``.
     Two entries are inputs and targets, in this order unless a named tuple names them otherwise. A mapping, a dataclass
     or a longer named tuple must have exactly one entry named like inputs (``image``, ``x``, ...) and one
     named like targets (``label``, ``y``, ...). It must have no other tensor of two or more dimensions. If the targets
@@ -186,6 +187,8 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """
     if isinstance(batch, Tensor):
         return batch, None
+    if is_sequence(batch) and not hasattr(batch, "_fields") and len(batch) == 1 and isinstance(batch[0], Tensor):
+        return batch[0], None
     pair = _pair_in_order(batch)
     if pair is not None and (pair[1] is None or isinstance(pair[1], Tensor)):
         return pair

@@ -46,8 +46,8 @@ class Call(NamedTuple):
 def as_call(inputs: Any) -> Call:
     """Return a :class:`Call` with ``inputs`` as its arguments.
 
-    ``inputs`` is a tensor, a sequence of arguments, or a mapping of keyword arguments. A :class:`Call` is returned as it
-    is.
+    ``inputs`` is a tensor, a sequence of arguments, or a mapping of keyword arguments. A :class:`Call` is returned
+    unchanged.
     """
     if isinstance(inputs, Call):
         return inputs

@@ -80,6 +80,13 @@ def test_a_sequence_that_is_no_list_is_a_batch_or_its_inputs():
     assert described(deque([X, 1])) == "a deque of length 2 (Tensor, int)"
 
 
+def test_inputs_that_a_loader_puts_into_a_list():
+    for batches in (DataLoader(TensorDataset(X), 4), [(X,)], [[X], (X, Y)]):
+        assert_close(flatness(batches), flatness([X]))
+    with pytest.raises(lf.FlatnessError, match="no targets"):
+        spectrum(DataLoader(TensorDataset(X), 4))
+
+
 @pytest.mark.parametrize("names", ["label image", "species image", "label pixels"])
 def test_names_of_a_named_tuple_are_stronger_than_its_order(names):
     batch = namedtuple("Turned", names)(Y, X)
@@ -148,7 +155,7 @@ REFUSED = {
     "number": (3, "batches is a int"),
     "function": (lambda: [(X, Y)], "batches is a function"),
     "model": (NET[0], "batches is a Conv2d"),
-    "loader of one tensor": (DataLoader(TensorDataset(X)), "A batch is a list of length 1.*a tensor of inputs"),
+    "loader of labels alone": (DataLoader([{"label": 0}]), "A batch is a dict with the entries 'label'"),
 }
 
 
