@@ -25,7 +25,10 @@ MOST_SHAPES = 3  # largest number of shapes that an error message lists
 TARGETS = ("y", "target", "targets", "label", "labels")
 
 REMEDY = "give a DataLoader, or a list of batches such as [(inputs, targets)]"
-NO_SAMPLE = "No sample was measured. Is the data set empty, or are the batches a generator that has been read already?"
+NO_SAMPLE = (
+    "No sample was measured. Is the data set empty, are all targets ignored, or are the batches a generator that has "
+    "been read already?"
+)
 NO_LOSS = "No sample was measured, so there is no loss. Is the data set empty, or are all targets ignored?"
 
 

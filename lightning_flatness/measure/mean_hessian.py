@@ -28,7 +28,9 @@ class MeanHessian:
         self.num_products = 0
         self._sum, self._normalizer, samples = self._pass(None).tolist()
         if not self._normalizer > 0:
-            raise BatchError("No sample was measured, so there is no spectrum. Is the data set empty?")
+            raise BatchError(
+                "No sample was measured, so there is no spectrum. Is the data set empty, or are all targets ignored?"
+            )
         self.num_samples = round(samples)
         self.loss = self._sum / self._normalizer
 

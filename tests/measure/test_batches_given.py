@@ -220,6 +220,12 @@ def test_a_generator_that_was_read_already_is_told(function):
         function(batches)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_targets_that_are_all_ignored_are_told(function):
+    with pytest.raises(lf.BatchError, match="No sample was measured.*are all targets ignored"):
+        function([(X, torch.full_like(Y, -100))])
+
+
 @pytest.mark.parametrize("function", [spectrum, landscape])
 def test_generators_cannot_be_read_many_times(function):
     with pytest.raises(lf.FlatnessError, match="list_iterator.*many times|list_iterator, which can be read only once"):
