@@ -29,6 +29,17 @@ def as_number(value: Any) -> float | None:
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
+def is_sequence(value: Any) -> bool:
+    """Return whether a value is a sequence, such as a list, a tuple or Hydra's ``ListConfig``, but not text.
+
+    Example:
+        >>> from collections import deque
+        >>> is_sequence((1, 2)), is_sequence(deque([1, 2])), is_sequence("12"), is_sequence({1, 2})
+        (True, True, False, False)
+    """
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
 def plain(value: Any) -> Any:
     """Convert a sequence, and all sequences inside it, to ``list``; return any other value unchanged.
 
@@ -40,7 +51,7 @@ def plain(value: Any) -> Any:
         >>> plain(UserList(["conv1", ("conv2",)])), plain("last")
         (['conv1', ('conv2',)], 'last')
     """
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+    if not is_sequence(value):
         return value
     parts = [plain(part) for part in value]
     return tuple(parts) if isinstance(value, tuple) else parts

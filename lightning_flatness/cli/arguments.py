@@ -165,7 +165,7 @@ def _add_own(parser: argparse.ArgumentParser, command: str) -> None:
     add("--dtype", choices=("float32", "float64"), help="precision of the passes (default: the network's)")
     if command in ("measure", "compare"):
         add("--layers", action="append", metavar="NAMES", help=(
-            "last (default), classifier, all, or names or patterns with commas between them"
+            "one of last (default), classifier and all, or names or patterns with commas between them"
         ))  # fmt: skip
         add("--strict", action="store_true", help="fail rather than return numbers that are not exact")
     if command == "compare":

@@ -9,7 +9,7 @@ import argparse
 import importlib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +64,8 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
     these three sources are merged. Where they disagree, the command line wins over the checkpoint, and the checkpoint
     over the config. Arguments that the checkpoint or the config has for another class are ignored. A note names the
     hyper-parameters in the checkpoint that the class does not take.
+
+    Raise a :class:`UsageError` if no source has the class, or an argument without a default.
     """
     configured = _configured(kind, config)
     class_path = class_of(kind, command, config, checkpoint)
@@ -90,8 +92,11 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
     objects = {k: v for k, v in taken.items() if k not in given and not (of_a_config and _is_of_a_config(v))}
     texts = {k: v for k, v in taken.items() if _is_of_a_config(v)}
     defaults = {k: v for k, v in {**(of_config or {}), **texts}.items() if k not in objects}
-    value = made_of(made, kind, class_path, defaults, objects, words)
-    return Built(value, class_path, _note(checkpoint, made, class_path, [name for name in stored if name not in taken]))
+    note = _note(checkpoint, made, class_path, [name for name in stored if name not in taken])
+    missing = [name for name, is_required in names.items() if is_required and name not in {*taken, *defaults, *given}]
+    if missing:
+        raise UsageError(f"--{kind} {class_path}: {_needs(f'{kind}.{name}' for name in missing)} {note}".strip())
+    return Built(made_of(made, kind, class_path, defaults, objects, words), class_path, note)
 
 
 def class_of(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> str:
@@ -164,14 +169,23 @@ def made_of(
         raise UsageError("The command line needs jsonargparse: pip install 'jsonargparse[signatures]'") from error
     if not callable(made):
         raise UsageError(f"--{kind} {name} is a {type(made).__name__}, not a class or function.")
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    try:
+
+    def add_arguments(parser: ArgumentParser, skip: set[str]) -> set[str]:
+        options: dict[str, Any] = {"fail_untyped": False, "skip": skip}
         if inspect.isclass(made):
-            parser.add_class_arguments(made, kind, fail_untyped=False, instantiate=False, skip=set(objects))
-        else:
-            parser.add_function_arguments(made, kind, fail_untyped=False, skip=set(objects))
-        parser.set_defaults({f"{kind}.{key}": value for key, value in defaults.items()})
-        parsed = parser.parse_args(list(words))
+            return _of_words(parser.add_class_arguments(made, kind, instantiate=False, **options))
+        return _of_words(parser.add_function_arguments(made, kind, **options))
+
+    parser, of_config = (ArgumentParser(exit_on_error=False, allow_abbrev=False) for _ in range(2))
+    try:
+        # jsonargparse makes an argument without a default optional if it has no type. So parse without defaults: the
+        # class itself fills in its own, and misses what nobody gives.
+        added = add_arguments(parser, set(objects))
+        if unknown := [key for key in defaults if key not in added]:
+            raise UsageError(f"there is no argument '{unknown[0]}'.")
+        add_arguments(of_config, set(objects) | (added - set(defaults)))
+        configured = of_config.parse_object({kind: dict(defaults)}, defaults=False) if defaults else None
+        parsed = parser.parse_args(list(words), namespace=configured, defaults=False)
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         values = getattr(instantiate(parsed), kind, argparse.Namespace())  # no entry if there are no arguments
         return made(**vars(values), **objects)
@@ -179,14 +193,17 @@ def made_of(
         raise UsageError(f"--{kind} {name}: {_problem(error, kind)}") from error
 
 
-def _parameters(made: Any) -> tuple[set[str], bool]:
-    """Return the names of the arguments of a class or function, and whether it takes arguments of any name."""
+def _parameters(made: Any) -> tuple[dict[str, bool], bool]:
+    """Return the names of the arguments of a class or function, and whether it takes arguments of any name.
+
+    The first value maps every name to whether the argument is required.
+    """
     try:
         parameters = inspect.signature(made).parameters.values()
     except (TypeError, ValueError):
-        return set(), True
-    kinds = {one.kind for one in parameters}
-    return {one.name for one in parameters if one.kind in NAMED}, inspect.Parameter.VAR_KEYWORD in kinds
+        return {}, True
+    required = {one.name: one.default is one.empty for one in parameters if one.kind in NAMED}
+    return required, any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def _of_words(words: Sequence[str]) -> set[str]:
@@ -216,16 +233,19 @@ def _note(checkpoint: Checkpoint, made: Any, class_path: str, unused: Sequence[s
     )
 
 
+def _needs(names: Iterable[str]) -> str:
+    return f"it needs {', '.join(f'--{name} VALUE' for name in names)}."
+
+
 def _problem(error: Exception, kind: str) -> str:
     """Return one line about an error of jsonargparse, or of the class or function that was called."""
     text = " ".join(str(error).split())
     text = re.sub(rf'Parser key "{kind}\.([\w.]+)":', rf"--{kind}.\1:", text)
     text = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", text)
     if needed := re.search(r"arguments are required: (.*)", text):
-        return f"it needs {', '.join(f'--{name} VALUE' for name in needed[1].split(', '))}."
-    if unknown := re.search(r"nrecognized arguments?: --(\S+)|No action for key \"(\S+)\"", text):
-        name = (unknown[1] or unknown[2]).partition("=")[0].removeprefix(f"{kind}.")
-        return f"there is no argument '{name}'."
+        return _needs(needed[1].split(", "))
+    if unknown := re.search(r"nrecognized arguments?: --(\S+)", text):
+        return f"there is no argument '{unknown[1].partition('=')[0].removeprefix(f'{kind}.')}'."
     if type(error).__name__ in ("ArgumentError", "ArgumentTypeError"):
         return text[:300]
     return text if isinstance(error, FlatnessError) else f"calling it fails with {type(error).__name__}: {text[:300]}"

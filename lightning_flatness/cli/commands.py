@@ -95,7 +95,7 @@ def _flatness(session: Session) -> Any:
     from lightning_flatness.cli.consumers import Flatness
 
     command = session.command
-    chosen = [name for part in command.layers or ["last"] for name in part.split(",") if name]
+    chosen = [name.strip() for part in command.layers or ["last"] for name in part.split(",") if name.strip()]
     layers = chosen[0] if len(chosen) == 1 else chosen
     options = {"layers": layers, "loss": session.loss, "strict": command.strict, "dtype": command.dtype}
     return Flatness(command.split, {**options, "seed": session.seed})

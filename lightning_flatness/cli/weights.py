@@ -89,7 +89,7 @@ def _misfit(model: nn.Module, path: Path, given: Mapping[str, Any]) -> str:
     return (
         f"'{path}' does not fit the {type(model).__name__} that was built: "
         f"{'; '.join(filter(None, parts))}. "
-        f"{remedy}{_prefix_hint(missing, unknown)}"
+        f"{remedy}{_prefix_hint(missing, unknown)}{_text_hint(model, unknown)}"
     )
 
 
@@ -99,4 +99,14 @@ def _prefix_hint(missing: Sequence[str], unknown: Sequence[str]) -> str:
         prefix = next((name[: -len(own)] for own in missing if name.endswith(f".{own}")), "")
         if prefix and all(other.startswith(prefix) for other in unknown):
             return f" The others begin with '{prefix}': the file may hold a larger module that contains this model."
+    return ""
+
+
+def _text_hint(model: nn.Module, unknown: Sequence[str]) -> str:
+    """Return a hint if an attribute of the model is a text where the file has weights; otherwise an empty string."""
+    for name in dict.fromkeys(name.partition(".")[0] for name in unknown):
+        text = getattr(model, name, None)
+        if isinstance(text, str):
+            remedy = f"If a class was meant, annotate the argument of the model, for example {name}: nn.Module."
+            return f" Its '{name}' is the text '{text}', not a module. {remedy}"
     return ""

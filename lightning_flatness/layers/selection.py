@@ -15,6 +15,9 @@ from lightning_flatness.layers.tracing import LAYERS, UNNAMED, HiddenCall, Trace
 from lightning_flatness.model.names import fits, listed, plain_name
 
 
+WORDS = ("last", "classifier", "all")
+
+
 @dataclass(frozen=True)
 class Selection:
     """The result of :func:`select`: the layers to measure, the classifier, and the logits of the first samples."""
@@ -174,6 +177,11 @@ def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, 
         kind = type(modules[pattern]).__name__
         raise LayerSelectionError(
             f"Layer '{pattern}' is a {kind}, not a convolution or linear layer. Name such a layer with layers=."
+        )
+    if not matched and pattern in WORDS:
+        raise LayerSelectionError(
+            f"In a list, layers= has names and patterns, and no layer is named '{pattern}'. Give layers='{pattern}' by "
+            "itself."
         )
     if not matched:
         same_end = [name for name in candidates if name.endswith(f".{pattern}") or pattern.endswith(f".{name}")]

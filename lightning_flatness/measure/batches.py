@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from os import PathLike
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from lightning_flatness.checks import is_sequence
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
 from lightning_flatness.model.call import map_tensors, tensors_of
 from lightning_flatness.model.generators import drawing, generators_kept
@@ -24,7 +25,10 @@ MOST_SHAPES = 3  # largest number of shapes that an error message lists
 TARGETS = ("y", "target", "targets", "label", "labels")
 
 REMEDY = "give a DataLoader, or a list of batches such as [(inputs, targets)]"
-NO_SAMPLE = "No sample was measured. Is the data set empty, or are the batches a generator that has been read already?"
+NO_SAMPLE = (
+    "No sample was measured. Is the data set empty, are all targets ignored, or are the batches a generator that has "
+    "been read already?"
+)
 NO_LOSS = "No sample was measured, so there is no loss. Is the data set empty, or are all targets ignored?"
 
 
@@ -88,7 +92,8 @@ def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
         )
     if isinstance(batches, Mapping) or hasattr(batches, "_fields") or not hasattr(batches, "__iter__"):
         return _single_with_names(batches, argument)
-    return _of_sequence(batches, argument) if isinstance(batches, (tuple, list)) else batches
+    # A Sequence that is not mutable may be a loader, which is not read here.
+    return _of_sequence(batches, argument) if isinstance(batches, (tuple, MutableSequence)) else batches
 
 
 def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
@@ -106,8 +111,8 @@ def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
     return [batch]
 
 
-def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterable[Any]:
-    """Return a tuple or list of batches unchanged. If it is one pair ``(inputs, targets)``, return a list of this pair.
+def _of_sequence(batches: Sequence[Any], argument: str) -> Iterable[Any]:
+    """Return a sequence of batches unchanged. If it is one pair ``(inputs, targets)``, return a list of this pair.
 
     The tensors in a list are batches of inputs if all have the same dtype and number of dimensions. Two tensors are a
     pair if the second one, the targets, has one or two dimensions and as many rows as the inputs. Raise a
@@ -118,7 +123,7 @@ def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterabl
         return [tuple(batches)]
     if len(tensors) < len(batches):
         # Batches with and without targets may be mixed, if all inputs have the same dtype and number of dimensions.
-        inputs = (part[0] if isinstance(part, (tuple, list)) and part else part for part in batches)
+        inputs = (part[0] if is_sequence(part) and len(part) else part for part in batches)
         if any(isinstance(part, (Tensor, *_arrays())) for part in batches) and not _are_alike(inputs):
             what = f"of {_kinds(batches)}, which looks like one batch"
             raise _unclear(argument, batches, what, f"{REMEDY}, whose inputs and targets are torch tensors")
@@ -177,6 +182,7 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Return ``(inputs, targets)`` of a batch; a single tensor counts as inputs without targets.
 
+    So does a list of one tensor, such as the batches of a ``DataLoader`` of ``TensorDataset(inputs)``.
     Two entries are inputs and targets, in this order unless a named tuple names them otherwise. A mapping, a dataclass
     or a longer named tuple must have exactly one entry named like inputs (``image``, ``x``, ...) and one
     named like targets (``label``, ``y``, ...). It must have no other tensor of two or more dimensions. If the targets
@@ -184,6 +190,8 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """
     if isinstance(batch, Tensor):
         return batch, None
+    if is_sequence(batch) and not hasattr(batch, "_fields") and len(batch) == 1 and isinstance(batch[0], Tensor):
+        return batch[0], None
     pair = _pair_in_order(batch)
     if pair is not None and (pair[1] is None or isinstance(pair[1], Tensor)):
         return pair
@@ -204,11 +212,11 @@ def described(batch: Any) -> str:
         >>> described({"pix": torch.zeros(2), "species": 3}), described((torch.zeros(2), 3))
         ("a dict with the entries 'pix', 'species'", 'a tuple of length 2 (Tensor, int)')
     """
-    is_sequence = isinstance(batch, (tuple, list))
-    named = {} if is_sequence and not hasattr(batch, "_fields") else entries_of(batch)
+    in_order = is_sequence(batch)
+    named = {} if in_order and not hasattr(batch, "_fields") else entries_of(batch)
     return (
         f"a {type(batch).__name__}"
-        + (f" of length {len(batch)} ({_kinds(batch)})" if is_sequence else "")
+        + (f" of length {len(batch)} ({_kinds(batch)})" if in_order else "")
         + (f" with the entries {', '.join(map(repr, named))}" if named else "")
     )
 
@@ -256,7 +264,7 @@ def rivals_of(batch: Any) -> list[Tensor]:
     numbers.
     """
     entries = entries_of(batch)
-    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+    if is_sequence(batch) and not hasattr(batch, "_fields"):
         inputs = tensors_of(batch[0]) if targets_of(batch) is not None else []
         return [tensor for tensor in inputs if tensor.ndim in (1, 2)] if len(inputs) > 1 else []
     names = _tensors_named(entries, TARGETS)
@@ -267,12 +275,12 @@ def rivals_of(batch: Any) -> list[Tensor]:
 
 
 def entries_of(batch: Any) -> dict[Any, Any]:
-    """Return the entries of a batch in a dict. Its keys are names, or positions for a tuple or list."""
+    """Return the entries of a batch in a dict. Its keys are names, or positions for a sequence."""
     if is_dataclass(batch):
         return {field.name: getattr(batch, field.name) for field in fields(batch)}
     if hasattr(batch, "_fields"):
         return dict(batch._asdict())
-    if isinstance(batch, (tuple, list)):
+    if is_sequence(batch):
         return dict(enumerate(batch))
     return dict(batch) if isinstance(batch, Mapping) else {}
 
@@ -288,11 +296,11 @@ def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any
 
 
 def _pair_in_order(batch: Any) -> tuple[Any, Any] | None:
-    """Return the entries of a tuple or list of two as ``(inputs, targets)``, or None for any other batch.
+    """Return the entries of a sequence of two as ``(inputs, targets)``, or None for any other batch.
 
     The entries are in this order, unless the names of a named tuple say that the targets come first.
     """
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+    if not is_sequence(batch) or len(batch) != 2:
         return None
     entries = entries_of(batch)
     first, second = entries

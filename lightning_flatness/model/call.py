@@ -13,6 +13,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_flatness.checks import is_sequence
 from lightning_flatness.functional.conditions import same_values
 from lightning_flatness.model.precision import Precision, current_precision
 
@@ -45,14 +46,14 @@ class Call(NamedTuple):
 def as_call(inputs: Any) -> Call:
     """Return a :class:`Call` with ``inputs`` as its arguments.
 
-    ``inputs`` is a tensor, a tuple or list of arguments, or a mapping of keyword arguments. A :class:`Call` is returned
-    as it is.
+    ``inputs`` is a tensor, a sequence of arguments, or a mapping of keyword arguments. A :class:`Call` is returned
+    unchanged.
     """
     if isinstance(inputs, Call):
         return inputs
     if isinstance(inputs, Mapping):
         return Call((), dict(inputs))
-    return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+    return Call(tuple(inputs) if is_sequence(inputs) else (inputs,), {})
 
 
 def heard_call(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Call:
@@ -120,7 +121,7 @@ def map_tensors(values: Any, function: Callable[[Tensor], Any]) -> Any:
 def _agree(one: Any, other: Any, agree: Callable[[Any, Any], bool]) -> bool:
     if isinstance(one, Call) and isinstance(other, Call):
         one, other = one[:2], other[:2]
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+    if is_sequence(one) and is_sequence(other):
         return len(one) == len(other) and all(_agree(a, b, agree) for a, b in zip(one, other, strict=True))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_agree(one[key], other[key], agree) for key in one)

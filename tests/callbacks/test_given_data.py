@@ -2,7 +2,7 @@
 
 import multiprocessing
 import pickle
-from collections import namedtuple
+from collections import UserList, namedtuple
 from dataclasses import dataclass
 
 import lightning as L
@@ -314,6 +314,13 @@ def test_batches_with_names_in_a_run(tmp_path, options):
 def test_targets_of_batch_fn_in_a_list(tmp_path):
     with pytest.raises(lf.BatchError, match="batch_fn=... returned targets of type list"):
         Wanted("val", None, lambda batch: (batch[0], batch[1].tolist())).split((X, Y))
+
+
+def test_batches_and_pairs_may_be_any_sequence():
+    inputs, targets = Wanted("val", None, UserList).split((X, Y))
+    assert (inputs is X, targets is Y) == (True, True)
+    empty = UserList([X[:0], Y[:0]])
+    assert Wanted("val", None, None).before_step(empty, torch.nn.Identity()).is_empty
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,16 @@
 """Networks are built as Lightning builds them: with the hyper-parameters of the checkpoint, as they were stored."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import lightning_flatness as lf
+from lightning_flatness.cli.arguments import UsageError, parse
+from lightning_flatness.cli.building import build
+from lightning_flatness.cli.checkpoints import Checkpoint
 from tests.cli import project
 from tests.cli.conftest import DATA
 from tests.guarding import guards
@@ -58,3 +64,79 @@ def test_hyper_parameters_that_are_no_arguments_are_noted(run, tmp_path):
     assert code == 0
     note = "hyper-parameters that are no arguments of tests.cli.project.Net: depth. They are not used."
     assert note in " ".join(err.split())
+
+
+class Untyped(nn.Module):
+    def __init__(self, pool, factor=1):
+        super().__init__()
+        self.given = pool, factor
+
+
+class Derived(Untyped):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class Optional(nn.Module):
+    def __init__(self, pool: str | None):
+        super().__init__()
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.given = inner.given
+
+
+@dataclass
+class Config:
+    pool: str = "avg"
+    factor: int = 1
+
+
+class OfConfig(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.given = config.pool, config.factor
+
+
+def built(kind, *words, stored=None, init_args=None):
+    path = f"{__name__}.{kind.__name__}"
+    checkpoint = Checkpoint(Path("run.ckpt"), {}, "", {"hyper_parameters": stored or {}})
+    config = {"model": {"class_path": path, "init_args": init_args}} if init_args else {}
+    return build("model", parse(["measure", "run.ckpt", "--model", path, *words]), config, checkpoint).value
+
+
+REQUIRED = {
+    "no type": (Untyped, [], r"Untyped: it needs --model\.pool VALUE\.$"),
+    "optional type": (Optional, [], r"it needs --model\.pool VALUE"),
+    "dataclass": (OfConfig, [], r"it needs --model\.config VALUE\. .*no arguments of .*OfConfig: pool"),
+    "of a base class": (Derived, [], "missing 1 required positional argument: 'pool'"),
+    "of an argument": (Around, [f"--model.inner={__name__}.Untyped"], "missing 1 required positional argument: 'pool'"),
+}
+
+
+@guards("cli/building.py", "namespace=configured, defaults=False)", "namespace=configured)")
+@pytest.mark.parametrize(("kind", "words", "message"), REQUIRED.values(), ids=REQUIRED)
+def test_a_required_argument_that_nobody_gives_is_not_filled_in(kind, words, message):
+    with pytest.raises(UsageError, match=message):
+        built(kind, *words, stored={"pool": "max"} if kind is OfConfig else None)
+
+
+GIVEN = {
+    "in words": (Untyped, ["--model.pool=null"], {}, (None, 1)),
+    "in a config": (Untyped, ["--model.factor=2"], {"pool": None}, (None, 2)),
+    "of a base class": (Derived, ["--model.pool=max"], {}, ("max", 1)),
+    "of an argument, in both": (
+        Around,
+        ["--model.inner.init_args.factor=2"],
+        {"inner": {"class_path": f"{__name__}.Untyped", "init_args": {"pool": None}}},
+        (None, 2),
+    ),
+    "a field": (OfConfig, ["--model.config.factor=2"], {"config": {"pool": "max"}}, ("max", 2)),
+}
+
+
+@pytest.mark.parametrize(("kind", "words", "init_args", "expected"), GIVEN.values(), ids=GIVEN)
+def test_required_arguments_that_are_given(kind, words, init_args, expected):
+    assert built(kind, *words, init_args=init_args).given == expected

@@ -35,6 +35,11 @@ def assert_same(found, report):
     assert found["num_samples"] == report.num_samples
 
 
+def test_blanks_beside_the_commas_of_layers(runs, numbers):
+    found = numbers("measure", runs / "small.ckpt", *NET, *DATA, "--layers", "net.0, net.2")
+    assert list(found["layers"]) == ["net.0", "net.2"]
+
+
 def test_measures_what_measure_flatness_measures(runs, numbers):
     found = numbers("measure", runs / "small.ckpt", *NET, *DATA, "--layers", "all")
     report = lf.measure_flatness(model_of(Net, runs / "small.ckpt"), loader(), layers="all")

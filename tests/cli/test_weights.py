@@ -50,3 +50,17 @@ def test_names_that_do_not_all_fit_are_refused(tmp_path):
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(FlatnessError, match="does not fit the Sequential"):
         load_weights(project.layers(2), read_checkpoint(tmp_path / "model.pt"))
+
+
+class OfText(nn.Module):
+    """Was given the text of a class, since its argument has no annotation."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = "project.Net"
+
+
+def test_a_text_in_place_of_a_module_is_told(tmp_path):
+    torch.save({"net.weight": torch.ones(1)}, tmp_path / "model.pt")
+    with pytest.raises(FlatnessError, match=r"Its 'net' is the text 'project\.Net'.*annotate .* net: nn\.Module\."):
+        load_weights(OfText(), read_checkpoint(tmp_path / "model.pt"))

@@ -83,6 +83,12 @@ def test_one_pattern_of_several_without_a_match():
     refused(lf.LayerSelectionError, "layers='nothing.*' matches no convolution", layers=["conv", "nothing.*"])
 
 
+@pytest.mark.parametrize("word", ["last", "classifier", "all"])
+def test_words_in_a_list_are_names(word):
+    message = f"no layer is named '{word}'. Give layers='{word}' by itself"
+    refused(lf.LayerSelectionError, message, layers=["conv", word])
+
+
 @pytest.mark.parametrize(("layer", "kind"), [("activation", "SiLU")])
 def test_named_layer_is_no_convolution(layer, kind):
     refused(lf.LayerSelectionError, f"Layer '{layer}' is a {kind}, not a convolution", layers=layer)

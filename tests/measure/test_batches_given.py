@@ -1,6 +1,6 @@
 """What is given as batches: a single batch is measured as one or refused by name, and nothing is read in part."""
 
-from collections import namedtuple
+from collections import UserList, deque, namedtuple
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lightning_flatness as lf
-from lightning_flatness.measure.batches import as_batches, split_batch, targets_of
+from lightning_flatness.measure.batches import as_batches, described, rivals_of, split_batch, targets_of
 from tests.guarding import guards
 
 torch.manual_seed(0)
@@ -53,6 +53,8 @@ FUNCTIONS = [flatness, eigenvalue, spectrum, landscape]
 SINGLE = {
     "tuple": (X, Y),
     "list of a default collate": [X, Y],
+    "sequence that is no list": UserList([X, Y]),
+    "queue": deque([X, Y]),
     "soft targets": (X, SOFT),
     "mapping": {"image": X, "label": Y},
     "dataclass": Batch(X, Y),
@@ -69,6 +71,20 @@ def test_a_single_batch_is_measured_as_one(function, batch):
 
 def test_a_single_batch_without_targets():
     assert_close(flatness((X, None)), flatness([X]))
+
+
+def test_a_sequence_that_is_no_list_is_a_batch_or_its_inputs():
+    for batch in (UserList([X, Y]), deque([X, Y]), (UserList([X]), Y)):
+        assert_close(flatness([batch]), flatness([(X, Y)]))
+    assert rivals_of(UserList([(X, Y), Y])) == [Y]
+    assert described(deque([X, 1])) == "a deque of length 2 (Tensor, int)"
+
+
+def test_inputs_that_a_loader_puts_into_a_list():
+    for batches in (DataLoader(TensorDataset(X), 4), [(X,)], [[X], (X, Y)]):
+        assert_close(flatness(batches), flatness([X]))
+    with pytest.raises(lf.FlatnessError, match="no targets"):
+        spectrum(DataLoader(TensorDataset(X), 4))
 
 
 @pytest.mark.parametrize("names", ["label image", "species image", "label pixels"])
@@ -127,6 +143,7 @@ REFUSED = {
     "other numbers of samples": ((X, Y[:5]), "of 2 tensors"),
     "tables that are alike": ((SOFT, SOFT), r"of 2 tensors.*\[\(inputs, None\), ...\]"),
     "list of tables that are alike": ([SOFT, SOFT], "of 2 tensors"),
+    "sequence of tables that are alike": (UserList([SOFT, SOFT]), "batches is a UserList, of 2 tensors"),
     "tokens of two lengths": ([torch.ones(6, 4), torch.ones(6, 5)], "of 2 tensors"),
     "tuple of images": ((X, X), "of 2 tensors"),
     "mapping of other names": ({"a": X, "b": Y}, r"batches is a dict, not a list of batches: give a DataLoader"),
@@ -138,7 +155,7 @@ REFUSED = {
     "number": (3, "batches is a int"),
     "function": (lambda: [(X, Y)], "batches is a function"),
     "model": (NET[0], "batches is a Conv2d"),
-    "loader of one tensor": (DataLoader(TensorDataset(X)), "A batch is a list of length 1.*one tensor of inputs"),
+    "loader of labels alone": (DataLoader([{"label": 0}]), "A batch is a dict with the entries 'label'"),
 }
 
 
@@ -167,6 +184,8 @@ LISTS = {
     "tables of other numbers of samples": [SOFT, SOFT[:3]],
     "pairs and inputs": [(X, Y), X],
     "with None": [(X, None), (X, None)],
+    "sequences that are no lists": UserList([UserList([X, Y]), deque([X, Y])]),
+    "inputs, and pairs that are no lists": [X, UserList([X, Y])],
 }
 
 
@@ -199,6 +218,12 @@ def test_a_generator_that_was_read_already_is_told(function):
     function(batches)
     with pytest.raises(lf.BatchError, match="No sample was measured.*a generator that has been read already"):
         function(batches)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_targets_that_are_all_ignored_are_told(function):
+    with pytest.raises(lf.BatchError, match="No sample was measured.*are all targets ignored"):
+        function([(X, torch.full_like(Y, -100))])
 
 
 @pytest.mark.parametrize("function", [spectrum, landscape])

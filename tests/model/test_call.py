@@ -1,5 +1,6 @@
 """Calls that are heard: their copies, and forwards that are put back."""
 
+from collections import UserList
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -58,6 +59,7 @@ def test_inputs_are_compared_entry_by_entry():
     assert not same_tensors(as_call(X + 1), X, Y)
     assert not same_tensors(as_call(X.double()), X, Y)
     assert not equal_inputs(as_call({"x": X}), as_call({"y": X}))
+    assert equal_inputs(UserList([X]), [X.clone()])
 
 
 def hear(names, name):

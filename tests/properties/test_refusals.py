@@ -122,8 +122,7 @@ def test_no_batches(batches):
     ("batch", "described"),
     [
         ((X, Y, Y), "tuple of length 3"),
-        ((X,), "tuple of length 1"),
-        ([X], "list of length 1"),
+        ((X.tolist(),), "tuple of length 1"),
         ({"face": X, "person": Y}, "dict"),
         ({"image": X, "label": Y, "mask": X}, "dict"),
         ({"image": X, "x": X, "label": Y}, "dict"),

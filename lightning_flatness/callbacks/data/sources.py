@@ -15,6 +15,7 @@ from lightning_flatness.callbacks.data.loaders import is_indexed, loaders_in_tur
 from lightning_flatness.callbacks.data.reading import first_batch, to_device
 from lightning_flatness.callbacks.data.stream import ValidationStream
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
+from lightning_flatness.checks import is_sequence
 from lightning_flatness.errors import BatchError
 from lightning_flatness.measure.batches import called, rivals_of, split_batch, targets_of
 from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call, map_tensors, tensors_of
@@ -31,7 +32,7 @@ BatchFunction = Callable[[Any], Samples]
 def split_by(batch_fn: BatchFunction, batch: Any) -> Samples:
     """Split a batch into ``(inputs, targets)`` with ``batch_fn``. Raise an error if it returns anything else."""
     pair = called(batch_fn, batch)
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+    if not is_sequence(pair) or len(pair) != 2:
         raise BatchError(
             f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), with None in place of "
             "missing targets."
@@ -171,7 +172,7 @@ def _is_empty(batch: Any) -> bool:
     """Return whether a batch has no samples: it is None, a tensor without entries, or a collection of such."""
     if isinstance(batch, Mapping):
         return all(map(_is_empty, batch.values()))
-    if isinstance(batch, (tuple, list)):
+    if is_sequence(batch):
         return all(map(_is_empty, batch))
     return batch is None or (isinstance(batch, Tensor) and batch.ndim > 0 and not len(batch))
 
