@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.callbacks.base import MeasuringCallback
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, is_lightning_module, is_overridden
-from lightning_flatness.callbacks.network import Network, network_without_step
+from lightning_flatness.callbacks.network import Network, is_sought, network_without_step
 from lightning_flatness.cli.arguments import UsageError
 from lightning_flatness.cli.splits import Split, quiet_trainer
 from lightning_flatness.errors import BatchError, FlatnessError
@@ -75,8 +75,11 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Forget the network of the previous step, so that the callback finds the network that this step calls."""
-        self._network = None
+        """Forget the network of the previous step, so that the callback finds the network that this step calls.
+
+        Keep it if no step has called a network yet, because it is then an error if this step does.
+        """
+        self._network = self._network if is_sought(self._network) else None
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(

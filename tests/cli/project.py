@@ -46,6 +46,14 @@ class Preparing(Net):
         return 3 * images.flip(-1) - 1
 
 
+class SkipsTheFirst(Preparing):
+    """Its validation step skips the first batch."""
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx:
+            super().validation_step(batch, batch_idx)
+
+
 class PreparesByWidth(Net):
     """Its validation step prepares the images in another way for every width."""
 

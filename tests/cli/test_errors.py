@@ -130,6 +130,9 @@ COMMANDS = {
         f"small.ckpt {PROJECT}.NumberedNeedsItsRun {IMAGES}", 2,
         ["validation step of NumberedNeedsItsRun", "AttributeError", "--inputs batch"],
     ),
+    "skips a batch": (
+        f"small.ckpt {PROJECT}.SkipsTheFirst {IMAGES}", 2, ["did not call it before", "--inputs batch"],
+    ),
     "no step": (f"small.ckpt {PROJECT}.WithoutStep {IMAGES} --inputs step", 1, ["has no validation step"]),
     "several files": ("small.ckpt wide.ckpt", 1, ["measure takes one checkpoint, and 2", "compare takes several"]),
     "data of a function": (
