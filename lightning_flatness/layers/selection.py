@@ -14,7 +14,6 @@ from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.layers.tracing import LAYERS, UNNAMED, HiddenCall, Trace, trace
 from lightning_flatness.model.names import fits, listed, plain_name
 
-
 WORDS = ("last", "classifier", "all")
 
 
