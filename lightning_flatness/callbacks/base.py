@@ -1,8 +1,4 @@
-"""The base class of the callbacks that measure a network.
-
-The class handles common arguments, the history, the state in checkpoints, figures, and errors that all ranks raise
-together.
-"""
+"""The base class of the callbacks that measure a network: arguments, history, state, figures, and joint errors."""
 
 from __future__ import annotations
 
@@ -252,10 +248,9 @@ class MeasuringCallback(Callback):
     def _find_network(self, pl_module: LightningModule) -> Call | None:
         """Find the network among the modules that the step has called, and return the call to measure.
 
-        Return None if no recorded call can be measured. If no call was recorded at all, a later step may still call the
-        network. So in the sanity check, in training and with an empty batch, the network stays unknown for now. In
-        other validation steps, warn, and measure the batch's own inputs until a step calls the network. If validated
-        batches were measured like this, that call is an error.
+        Return None if no recorded call can be measured. If no call was recorded at all, the network stays unknown for
+        now in the sanity check, in training and with an empty batch. In other validation steps, warn, and measure the
+        batch's own inputs. If a later step calls the network after that, raise an error.
 
         If :attr:`_follows_steps` is True and ``batch_fn=`` gives no inputs, the inputs of the returned call are
         measured. Otherwise the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step
