@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_flatness.callbacks.lightning_imports import LightningModule
 from lightning_flatness.callbacks.network import Network
+from lightning_flatness.callbacks.watched import eager_modules, is_compiled, is_compiled_around, modules_outside
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.model.answer import Answer, weights_sample
 from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, same_inputs, tensors_of
@@ -85,14 +86,17 @@ class StepWatch:
         self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
         self._after: list[nn.Module] = []  # modules that are called after the module that the user names
         self._in_other = False  # whether a module other than the one that the user names is running now
+        self._outside: list[nn.Module] = []  # called modules that return logits but are no submodules
         # Without DDP, the steps of a LightningModule run eagerly even after module.compile(). So watch its children.
-        watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
+        watched = [pl_module, *(part for child in pl_module.children() for part in eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
         self._around: set[nn.Module] = set()  # compiled modules that contain the module that the user names
         if named:
             others = [module for module in modules if named.module not in module.modules()]
-            self._around = {module for module in pl_module.modules() if _is_compiled_around(module, named.module)}
+            self._around = {module for module in pl_module.modules() if is_compiled_around(module, named.module)}
             modules = [named.module, *others, *self._around]
+        else:
+            modules += modules_outside(pl_module)
         self._overheard = Overheard(modules, self._hear)
 
     def __enter__(self) -> StepWatch:
@@ -107,11 +111,13 @@ class StepWatch:
     ) -> Any:
         # DDP calls the LightningModule to run a step. If the LightningModule is compiled, this step is compiled, too.
         is_replaced = vars(module).get("forward") is not self._forward
-        is_step = module is self._pl_module and _is_compiled(module) and is_replaced
+        is_step = module is self._pl_module and is_compiled(module) and is_replaced
         self.step_is_compiled |= is_step
         if is_step or module in self._around:
             with self._overheard.paused():
                 return forward(*arguments, **keywords)
+        if not self._named and module not in self._places:
+            return self._hear_outside(module, forward, arguments, keywords)
         if len(self._open) >= DEPTH or (self._named and self._open):
             return forward(*arguments, **keywords)
         call = heard_call(arguments, keywords)
@@ -123,7 +129,7 @@ class StepWatch:
             heard.copied = call.copied()
         self._open.append(heard)
         try:
-            with self._overheard.paused() if _is_compiled(module) else nullcontext():
+            with self._overheard.paused() if is_compiled(module) else nullcontext():
                 heard.output = forward(*arguments, **keywords)
         finally:
             self._open.pop()
@@ -157,13 +163,29 @@ class StepWatch:
                 self._after.append(module)
         return output
 
+    def _hear_outside(
+        self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        """Make a call of a module that is no submodule of the LightningModule, and return its output.
+
+        If the output is logits, note the module, and drop the calls of submodules within this call.
+        """
+        before = len(self._calls)
+        with self._overheard.paused() if is_compiled(module) else nullcontext():
+            output = forward(*arguments, **keywords)
+        if not _why_no_logits(output):
+            self._outside.append(module)
+            del self._calls[before:]
+        return output
+
     @property
     def is_empty(self) -> bool:
         """Whether no call was recorded.
 
-        If the user names a module, only calls of this module count. Otherwise calls of all modules with weights count.
+        If the user names a module, only calls of this module count. Otherwise calls of all submodules with weights
+        count, and calls of other modules that return logits.
         """
-        return not self._calls
+        return not self._calls and not self._outside
 
     def found(self, inputs: Any, is_given: bool = False) -> Found:
         """Return the network, and the call to measure.
@@ -173,10 +195,17 @@ class StepWatch:
         none of these calls is on ``inputs``, and ``is_given`` is True, the result has no call.
 
         Raises:
-            FlatnessError: The step calls several networks. Or the step calls the network several times, on different
-                inputs but never on ``inputs``, and ``is_given`` is False.
+            FlatnessError: The step calls several networks, or only one that is no submodule of the LightningModule. Or
+                the step calls the network several times, on different inputs but never on ``inputs``, and ``is_given``
+                is False.
             BatchError: The output of the network has no logits.
         """
+        if not self._calls:
+            raise FlatnessError(
+                f"The {self.step} step calls a {type(self._outside[-1]).__name__} that has its own weights but is no "
+                "submodule of the LightningModule. Name the network to measure with a function, e.g. "
+                "model=lambda module: module.averages[0]."
+            )
         heard, num_inputs, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
         place = "" if self._named else self._places[heard.module]
         found = Network(heard.module, plain_name(place), place, is_named=self._named is not None)
@@ -267,22 +296,6 @@ class StepWatch:
 
     def _name(self, module: nn.Module) -> str:
         return f"'{self._names.get(module) or type(module).__name__}'"
-
-
-def _eager_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and its submodules, except for submodules within a compiled module."""
-    yield module
-    if not _is_compiled(module) and "_orig_mod" not in dict(module.named_children()):
-        for child in module.children():
-            yield from _eager_modules(child)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return vars(module).get("_compiled_call_impl") is not None
-
-
-def _is_compiled_around(module: nn.Module, part: nn.Module) -> bool:
-    return _is_compiled(module) and module is not part and part in module.modules()
 
 
 def _why_no_logits(output: Any) -> str:
