@@ -262,14 +262,22 @@ class StepWatch:
             return
         names = " and ".join(map(self._name, modules))
         remedy = "Call one module in the step to get the logits, e.g. self(x) with a forward() that applies all parts."
+        whole = self._whole(modules)
+        if whole:
+            remedy = (
+                f"They are parts of {whole}. If {whole} returns the logits of the step, give model={whole}. Otherwise "
+                f"{remedy[0].lower()}{remedy[1:]}"
+            )
         for heard in calls:
             taking = [other for other in calls if other.module is not heard.module and _takes(other, heard.output)]
             heads = list(dict.fromkeys(other.module for other in taking))
             if heads:
                 owning = "which has weights of its own" if len(heads) == 1 else "which have weights of their own"
+                if not _why_no_logits(heard.output):
+                    remedy += f" {self._if_logits(heard.module)}"
                 raise FlatnessError(
                     f"The {self.step} step gives the output of {self._name(heard.module)} to "
-                    f"{' and '.join(map(self._name, heads))}, {owning}. {remedy} {self._if_logits(heard.module)}"
+                    f"{' and '.join(map(self._name, heads))}, {owning}. {remedy}"
                 )
         if any(_why_no_logits(heard.output) for heard in calls):
             raise FlatnessError(
@@ -281,11 +289,22 @@ class StepWatch:
                 f"The {self.step} step calls {names} on different inputs, so they may be parts of one network. "
                 f"{remedy} {self._if_logits(calls[-1].module)}"
             )
-        trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
+        modules.sort(key=lambda module: not any(p.requires_grad for p in module.parameters()))  # trained ones first
+        arguments = " or ".join(f"model={self._as_argument(module)}" for module in modules)
         raise FlatnessError(
-            f"The {self.step} step calls several networks, {names}. Name the one to measure with model=..., e.g. "
-            f"model={self._as_argument((trained or modules)[0])}."
+            f"The {self.step} step calls several networks, {names}. Name the one to measure: {arguments}."
         )
+
+    def _whole(self, parts: Sequence[nn.Module]) -> str:
+        """Return the name of the smallest submodule with a ``forward`` that contains ``parts``; empty if none does."""
+        around = [
+            module
+            for module in self._places
+            if module not in (self._pl_module, *parts)
+            and type(module).forward is not nn.Module.forward  # unlike that of a ModuleList
+            and set(parts) <= set(module.modules())
+        ]
+        return self._name(around[-1]) if around else ""
 
     def _if_logits(self, module: nn.Module) -> str:
         return f"If the output of {self._name(module)} is the logits, give model={self._as_argument(module)}."
@@ -295,6 +314,8 @@ class StepWatch:
         return "lambda module: module" if module is self._pl_module else self._name(module)
 
     def _name(self, module: nn.Module) -> str:
+        if module is self._pl_module:
+            return "the LightningModule itself"
         return f"'{self._names.get(module) or type(module).__name__}'"
 
 

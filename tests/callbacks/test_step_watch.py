@@ -14,6 +14,7 @@ from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_ca
 from tests.callbacks.lightning_modules import Classifier, Net, loaders
 from tests.callbacks.several_networks import (
     Averages,
+    CallsItself,
     Compares,
     Crops,
     Distils,
@@ -21,8 +22,10 @@ from tests.callbacks.several_networks import (
     LossOfFeatures,
     LossWithWeights,
     PartsInTheStep,
+    PartsOfTheNetwork,
     Probes,
     Prototypes,
+    StagesOfTheNetwork,
     TwoHeadsInTheStep,
     TwoNetworks,
     WeighsLosses,
@@ -78,19 +81,25 @@ def test_a_network_without_logits_is_refused_although_its_parts_return_some():
         watch.found(x)
 
 
-HEAD = r"gives the output of '{}' to '{}', which has weights of its own. Call one module.* a forward\(\) .*model={}[.]$"
+WHOLE = (
+    r"They are parts of 'net'. If 'net' returns the logits of the step, give model='net'[.].*a forward\(\).*parts[.]"
+)
+HEAD = r"gives the output of {} to '{}', which has weights of its own. Call one module.* a forward\(\) .*model={}[.]$"
 REFUSED = {
     PartsInTheStep: r"calls 'body' and 'head'[.] Not all of these return logits.*Call one module in the step",
+    PartsOfTheNetwork: r"calls 'net.body' and 'net.fc'[.] Not all of these return logits.* " + WHOLE,
+    StagesOfTheNetwork: rf"gives the output of 'net.body.0' to 'net.body.1', which has .*{WHOLE}$",
     Averages: r"calls a Net that .* is no submodule of the LightningModule.* e.g. model=lambda module: module",
-    Distils: r"calls several networks, 'net' and 'teacher'. Name the one.* e.g. model='teacher'",
-    TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=",
-    HeadInTheStep: HEAD.format("net", "head", "'net'"),
+    Distils: r"calls several networks, 'net' and 'teacher'. Name the one to measure: model='teacher' or model='net'[.]",
+    TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure: model='net' or model=",
+    CallsItself: r"'net' and the LightningModule itself. Name .*: model='net' or model=lambda module: module[.]",
+    HeadInTheStep: HEAD.format("'net'", "head", "'net'"),
     TwoHeadsInTheStep: r"gives the output of 'net' to 'head' and 'heads.0', which have weights of their own.*model=",
-    LossWithWeights: HEAD.format("net", "head", "'net'"),
-    LossOfFeatures: HEAD.format("LossOfFeatures", "loss", "lambda module: module"),
+    LossWithWeights: HEAD.format("'net'", "head", "'net'"),
+    LossOfFeatures: HEAD.format("the LightningModule itself", "loss", "lambda module: module"),
     Probes: r"calls 'net' and 'head' on different inputs.*forward\(\) .* 'head' is the logits, give model='head'[.]$",
-    Compares: r"calls 'Compares' and 'texts' on different inputs.* give model='texts'[.]$",
-    Crops: r"calls 'Crops' on 2 different inputs, none of which is the batch's own.*batch_fn=",
+    Compares: r"calls the LightningModule itself and 'texts' on different inputs.* give model='texts'[.]$",
+    Crops: r"calls the LightningModule itself on 2 different inputs, none of which is the batch's own.*batch_fn=",
 }
 
 
