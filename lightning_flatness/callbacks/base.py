@@ -33,8 +33,9 @@ from lightning_flatness.callbacks.shown import (
     refuse_late_call,
     warn_of_unseen,
 )
-from lightning_flatness.callbacks.step_watch import StepWatch, is_watchable
+from lightning_flatness.callbacks.step_watch import StepWatch
 from lightning_flatness.callbacks.stopwatch import Stopwatch
+from lightning_flatness.callbacks.watched import is_watchable
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.batches import as_batches

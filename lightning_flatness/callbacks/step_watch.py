@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_flatness.callbacks.lightning_imports import LightningModule
 from lightning_flatness.callbacks.network import Network
+from lightning_flatness.callbacks.watched import (
+    eager_modules,
+    is_compiled,
+    is_compiled_around,
+    modules_outside,
+    weighs_losses,
+)
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.model.answer import Answer, weights_sample
 from lightning_flatness.model.call import Call, Overheard, as_call, equal_inputs, heard_call, same_inputs, tensors_of
@@ -85,14 +91,17 @@ class StepWatch:
         self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
         self._after: list[nn.Module] = []  # modules that are called after the module that the user names
         self._in_other = False  # whether a module other than the one that the user names is running now
+        self._outside: list[nn.Module] = []  # called modules that return logits but are no submodules
         # Without DDP, the steps of a LightningModule run eagerly even after module.compile(). So watch its children.
-        watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
+        watched = [pl_module, *(part for child in pl_module.children() for part in eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
         self._around: set[nn.Module] = set()  # compiled modules that contain the module that the user names
         if named:
             others = [module for module in modules if named.module not in module.modules()]
-            self._around = {module for module in pl_module.modules() if _is_compiled_around(module, named.module)}
+            self._around = {module for module in pl_module.modules() if is_compiled_around(module, named.module)}
             modules = [named.module, *others, *self._around]
+        else:
+            modules += modules_outside(pl_module)
         self._overheard = Overheard(modules, self._hear)
 
     def __enter__(self) -> StepWatch:
@@ -107,11 +116,13 @@ class StepWatch:
     ) -> Any:
         # DDP calls the LightningModule to run a step. If the LightningModule is compiled, this step is compiled, too.
         is_replaced = vars(module).get("forward") is not self._forward
-        is_step = module is self._pl_module and _is_compiled(module) and is_replaced
+        is_step = module is self._pl_module and is_compiled(module) and is_replaced
         self.step_is_compiled |= is_step
         if is_step or module in self._around:
             with self._overheard.paused():
                 return forward(*arguments, **keywords)
+        if not self._named and module not in self._places:
+            return self._hear_outside(module, forward, arguments, keywords)
         if len(self._open) >= DEPTH or (self._named and self._open):
             return forward(*arguments, **keywords)
         call = heard_call(arguments, keywords)
@@ -123,11 +134,11 @@ class StepWatch:
             heard.copied = call.copied()
         self._open.append(heard)
         try:
-            with self._overheard.paused() if _is_compiled(module) else nullcontext():
+            with self._overheard.paused() if is_compiled(module) else nullcontext():
                 heard.output = forward(*arguments, **keywords)
         finally:
             self._open.pop()
-        if _weighs_losses(call, heard.output):
+        if weighs_losses(call, heard.output):
             return heard.output
         if not _why_no_logits(heard.output):
             heard.within.clear()
@@ -153,17 +164,33 @@ class StepWatch:
         with suppress(Exception):  # the user's step must go on, whatever the arguments are
             # On the inputs of the named module, it is another network and no part of this one.
             is_part = self._calls and not any(same_inputs(call, other.call) for other in self._calls)
-            if is_part and not is_within and not _weighs_losses(call, output):
+            if is_part and not is_within and not weighs_losses(call, output):
                 self._after.append(module)
+        return output
+
+    def _hear_outside(
+        self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        """Make a call of a module that is no submodule of the LightningModule, and return its output.
+
+        If the output is logits, note the module, and drop the calls of submodules within this call.
+        """
+        before = len(self._calls)
+        with self._overheard.paused() if is_compiled(module) else nullcontext():
+            output = forward(*arguments, **keywords)
+        if not _why_no_logits(output):
+            self._outside.append(module)
+            del self._calls[before:]
         return output
 
     @property
     def is_empty(self) -> bool:
         """Whether no call was recorded.
 
-        If the user names a module, only calls of this module count. Otherwise calls of all modules with weights count.
+        If the user names a module, only calls of this module count. Otherwise calls of all submodules with weights
+        count, and calls of other modules that return logits.
         """
-        return not self._calls
+        return not self._calls and not self._outside
 
     def found(self, inputs: Any, is_given: bool = False) -> Found:
         """Return the network, and the call to measure.
@@ -173,10 +200,17 @@ class StepWatch:
         none of these calls is on ``inputs``, and ``is_given`` is True, the result has no call.
 
         Raises:
-            FlatnessError: The step calls several networks. Or the step calls the network several times, on different
-                inputs but never on ``inputs``, and ``is_given`` is False.
+            FlatnessError: The step calls several networks, or only one that is no submodule of the LightningModule. Or
+                the step calls the network several times, on different inputs but never on ``inputs``, and ``is_given``
+                is False.
             BatchError: The output of the network has no logits.
         """
+        if not self._calls:
+            raise FlatnessError(
+                f"The {self.step} step calls a {type(self._outside[-1]).__name__} that has its own weights but is no "
+                "submodule of the LightningModule. Name the network to measure with a function, e.g. "
+                "model=lambda module: module.averages[0]."
+            )
         heard, different, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
         place = "" if self._named else self._places[heard.module]
         found = Network(heard.module, plain_name(place), place, is_named=self._named is not None)
@@ -231,14 +265,22 @@ class StepWatch:
             return
         names = " and ".join(map(self._name, modules))
         remedy = "Call one module in the step to get the logits, e.g. self(x) with a forward() that applies all parts."
+        whole = self._whole(modules)
+        if whole:
+            remedy = (
+                f"They are parts of {whole}. If {whole} returns the logits of the step, give model={whole}. Otherwise "
+                f"{remedy[0].lower()}{remedy[1:]}"
+            )
         for heard in calls:
             taking = [other for other in calls if other.module is not heard.module and _takes(other, heard.output)]
             heads = list(dict.fromkeys(other.module for other in taking))
             if heads:
                 owning = "which has weights of its own" if len(heads) == 1 else "which have weights of their own"
+                if not _why_no_logits(heard.output):
+                    remedy += f" {self._if_logits(heard.module)}"
                 raise FlatnessError(
                     f"The {self.step} step gives the output of {self._name(heard.module)} to "
-                    f"{' and '.join(map(self._name, heads))}, {owning}. {remedy} {self._if_logits(heard.module)}"
+                    f"{' and '.join(map(self._name, heads))}, {owning}. {remedy}"
                 )
         if any(_why_no_logits(heard.output) for heard in calls):
             raise FlatnessError(
@@ -250,11 +292,22 @@ class StepWatch:
                 f"The {self.step} step calls {names} on different inputs, so they may be parts of one network. "
                 f"{remedy} {self._if_logits(calls[-1].module)}"
             )
-        trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
+        modules.sort(key=lambda module: not any(p.requires_grad for p in module.parameters()))  # trained ones first
+        arguments = " or ".join(f"model={self._as_argument(module)}" for module in modules)
         raise FlatnessError(
-            f"The {self.step} step calls several networks, {names}. Name the one to measure with model=..., e.g. "
-            f"model={self._as_argument((trained or modules)[0])}."
+            f"The {self.step} step calls several networks, {names}. Name the one to measure: {arguments}."
         )
+
+    def _whole(self, parts: Sequence[nn.Module]) -> str:
+        """Return the name of the smallest submodule with a ``forward`` that contains ``parts``; empty if none does."""
+        around = [
+            module
+            for module in self._places
+            if module not in (self._pl_module, *parts)
+            and type(module).forward is not nn.Module.forward  # unlike that of a ModuleList
+            and set(parts) <= set(module.modules())
+        ]
+        return self._name(around[-1]) if around else ""
 
     def _if_logits(self, module: nn.Module) -> str:
         return f"If the output of {self._name(module)} is the logits, give model={self._as_argument(module)}."
@@ -264,23 +317,9 @@ class StepWatch:
         return "lambda module: module" if module is self._pl_module else self._name(module)
 
     def _name(self, module: nn.Module) -> str:
+        if module is self._pl_module:
+            return "the LightningModule itself"
         return f"'{self._names.get(module) or type(module).__name__}'"
-
-
-def _eager_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and its submodules, except for submodules within a compiled module."""
-    yield module
-    if not _is_compiled(module) and "_orig_mod" not in dict(module.named_children()):
-        for child in module.children():
-            yield from _eager_modules(child)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return vars(module).get("_compiled_call_impl") is not None
-
-
-def _is_compiled_around(module: nn.Module, part: nn.Module) -> bool:
-    return _is_compiled(module) and module is not part and part in module.modules()
 
 
 def _why_no_logits(output: Any) -> str:
@@ -311,21 +350,6 @@ def _how_they_differ(calls: Sequence[_Heard], inputs: Any) -> str:
     )
 
 
-def _weighs_losses(call: Call, output: Any) -> bool:
-    """Return whether a call turns losses into one number, like a module that learns how to weigh several losses."""
-    try:
-        inputs, outputs = tensors_of(call), tensors_of(output)
-    except Exception:  # the user's step is running, and must not fail here, whatever the network returns
-        return False
-    is_number = len(outputs) == 1 and outputs[0].numel() == 1
-    return is_number and bool(inputs) and all(tensor.ndim < 2 for tensor in inputs)
-
-
 def _takes(heard: _Heard, output: Any) -> bool:
     """Return whether a call has a tensor of ``output`` among its arguments."""
     return any(one is other for one in tensors_of(heard.call) for other in tensors_of(output))
-
-
-def is_watchable(pl_module: LightningModule) -> bool:
-    """Return whether the steps of a LightningModule run eagerly, so that calls in them can be recorded."""
-    return getattr(pl_module, "_compiler_ctx", None) is None and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""Modules whose validation steps call several networks, or parts of one."""
+"""Modules whose validation steps call several networks, parts of one, or one that is no submodule."""
 
 import torch
 from torch import nn
@@ -25,6 +25,27 @@ class TwoNetworks(Steps):
 
     def logits(self, x):
         return self.net(x) + self.teacher(x)
+
+
+class CallsItself(Steps):
+    """Calls its network, and itself for probabilities."""
+
+    def forward(self, x):
+        return self.net(x).softmax(1)
+
+    def logits(self, x):
+        return self.net(x) + self(x)
+
+
+class Averages(Steps):
+    """Keeps an average of the network in a list, and so out of its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.averages = [Net()]
+
+    def logits(self, x):
+        return self.averages[0](x)
 
 
 class HeadInTheStep(Steps):
@@ -69,6 +90,37 @@ class PartsInTheStep(HeadInTheStep):
 
     def logits(self, x):
         return self.head(self.body(x).mean((2, 3)))
+
+
+class Features(nn.Module):
+    """A network in two parts, as those of timm."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+class PartsOfTheNetwork(Steps):
+    def __init__(self):
+        super().__init__(Features())
+
+    def logits(self, x):
+        return self.net.fc(self.net.body(x).mean((2, 3)))
+
+
+class StagesOfTheNetwork(Steps):
+    """Gives the output of one part to the next."""
+
+    def __init__(self):
+        super().__init__(Features())
+        self.net.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+
+    def logits(self, x):
+        first, second = self.net.body
+        return self.net.fc(second(first(x)).mean((2, 3)))
 
 
 class Distils(TwoNetworks):

@@ -1,6 +1,7 @@
 """Watching a step: it goes on, keeps nothing in memory, and shows the network."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from lightning_flatness.callbacks.step_watch import StepWatch
 from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, Net, loaders
 from tests.callbacks.several_networks import (
+    Averages,
+    CallsItself,
     Compares,
     Crops,
     Distils,
@@ -19,7 +22,10 @@ from tests.callbacks.several_networks import (
     LossOfFeatures,
     LossWithWeights,
     PartsInTheStep,
+    PartsOfTheNetwork,
     Probes,
+    Prototypes,
+    StagesOfTheNetwork,
     TwoHeadsInTheStep,
     TwoNetworks,
     WeighsLosses,
@@ -75,18 +81,25 @@ def test_a_network_without_logits_is_refused_although_its_parts_return_some():
         watch.found(x)
 
 
-HEAD = r"gives the output of '{}' to '{}', which has weights of its own. Call one module.* a forward\(\) .*model={}[.]$"
+WHOLE = (
+    r"They are parts of 'net'. If 'net' returns the logits of the step, give model='net'[.].*a forward\(\).*parts[.]"
+)
+HEAD = r"gives the output of {} to '{}', which has weights of its own. Call one module.* a forward\(\) .*model={}[.]$"
 REFUSED = {
     PartsInTheStep: r"calls 'body' and 'head'[.] Not all of these return logits.*Call one module in the step",
-    Distils: r"calls several networks, 'net' and 'teacher'. Name the one.* e.g. model='teacher'",
-    TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=",
-    HeadInTheStep: HEAD.format("net", "head", "'net'"),
+    PartsOfTheNetwork: r"calls 'net.body' and 'net.fc'[.] Not all of these return logits.* " + WHOLE,
+    StagesOfTheNetwork: rf"gives the output of 'net.body.0' to 'net.body.1', which has .*{WHOLE}$",
+    Averages: r"calls a Net that .* is no submodule of the LightningModule.* e.g. model=lambda module: module",
+    Distils: r"calls several networks, 'net' and 'teacher'. Name the one to measure: model='teacher' or model='net'[.]",
+    TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure: model='net' or model=",
+    CallsItself: r"'net' and the LightningModule itself. Name .*: model='net' or model=lambda module: module[.]",
+    HeadInTheStep: HEAD.format("'net'", "head", "'net'"),
     TwoHeadsInTheStep: r"gives the output of 'net' to 'head' and 'heads.0', which have weights of their own.*model=",
-    LossWithWeights: HEAD.format("net", "head", "'net'"),
-    LossOfFeatures: HEAD.format("LossOfFeatures", "loss", "lambda module: module"),
+    LossWithWeights: HEAD.format("'net'", "head", "'net'"),
+    LossOfFeatures: HEAD.format("the LightningModule itself", "loss", "lambda module: module"),
     Probes: r"calls 'net' and 'head' on different inputs.*forward\(\) .* 'head' is the logits, give model='head'[.]$",
-    Compares: r"calls 'Compares' and 'texts' on different inputs.* give model='texts'[.]$",
-    Crops: r"calls 'Crops' on 2 different inputs, none of which is the batch's own.*batch_fn=",
+    Compares: r"calls the LightningModule itself and 'texts' on different inputs.* give model='texts'[.]$",
+    Crops: r"calls the LightningModule itself on 2 different inputs, none of which is the batch's own.*batch_fn=",
 }
 
 
@@ -151,6 +164,71 @@ def test_a_module_that_weighs_losses_is_no_network(tmp_path, name):
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]), prefix="" if name else "net.")
 
 
+class Around(nn.Module):
+    """A network around another, which returns what this one does."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.inner = net
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def watched(other, step):
+    module, x = Classifier(), torch.zeros(2, 1, 8, 8)
+    module.others = [SimpleNamespace(module=other(module))]
+    parts = [*module.modules(), *module.others[0].module.modules()]
+    before = [vars(part).get("forward") for part in parts]
+    with StepWatch(module, None) as watch:
+        step(module, module.others[0].module, x)
+    assert [vars(part).get("forward") for part in parts] == before
+    return watch, x
+
+
+@guards("callbacks/step_watch.py", "del self._calls[before:]", "pass", ids="head")
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda _: Net(),
+        lambda _: Around(Net()),
+        lambda _: torch.compile(Net(), backend="eager"),
+        lambda module: nn.Sequential(module.net, nn.Linear(3, 3)),
+    ],
+    ids=["plain", "within", "compiled", "head"],
+)
+def test_a_network_that_is_no_submodule_is_refused(other):
+    watch, x = watched(other, lambda module, other, x: other(x))
+    assert not watch.is_empty
+    with pytest.raises(lf.FlatnessError, match="model=lambda module"):
+        watch.found(x)
+
+
+@pytest.mark.parametrize(
+    ("other", "step"),
+    [
+        (lambda _: Net(), lambda module, other, x: other(x) - module.net(x)),
+        (lambda module: Around(module.net), lambda module, other, x: other(x)),
+    ],
+    ids=["teacher", "wrapper"],
+)
+def test_modules_beside_the_submodules_do_not_hide_the_network(other, step):
+    watch, x = watched(other, step)
+    assert watch.found(x).network.prefix == "net"
+
+
+@pytest.mark.parametrize(
+    ("other", "step"),
+    [
+        (lambda _: Prototypes(), lambda module, other, x: other(x.flatten(1)[:, :3], torch.zeros(2).long())),
+        (lambda _: nn.Flatten(), lambda module, other, x: other(x)),
+    ],
+    ids=["loss", "no weights"],
+)
+def test_a_module_that_is_no_submodule_and_no_network(other, step):
+    assert watched(other, step)[0].is_empty
+
+
 @guards("callbacks.step_watch:StepWatch._warn_of_others", returns=None)
 @pytest.mark.parametrize(
     ("make", "model", "other"),
@@ -164,7 +242,7 @@ def test_a_module_that_weighs_losses_is_no_network(tmp_path, name):
 )
 def test_a_named_network_whose_output_is_an_embedding(tmp_path, make, model, other):
     callback, module = flatness_callback(model=model), make()
-    with pytest.warns(UserWarning, match=f"calls '{other}', which has weights of its own, after '.*model="):
+    with pytest.warns(UserWarning, match=f"calls '{other}', which has weights of its own, after .*model="):
         fit(tmp_path, callback, module=module)
     wanted = lf.measure_flatness(module.net, loaders()[1])
     assert_reports_equal(callback.report, wanted, prefix="" if model == "net" else "net.")
