@@ -228,7 +228,7 @@ def _why_not_linear(layer: nn.Module, call: StepCall) -> str:
     half = logits.dtype if logits.dtype in HALF else None
     try:
         weights = call.applied(layer, "weight"), call.applied(layer, "bias")
-        step = Pass(None, logits, {}, (call.features,), logits, (), eps, half, *weights)
+        step = Pass(None, logits, {}, (call.features,), logits, (), eps, half, (), *weights)
         certify_head(layer, step, shift_invariant=False)
     except NotClosedFormError as error:
         return str(error)

@@ -10,15 +10,9 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_flatness.callbacks import watched
 from lightning_flatness.callbacks.lightning_imports import LightningModule
 from lightning_flatness.callbacks.network import Network
-from lightning_flatness.callbacks.watched import (
-    eager_modules,
-    is_compiled,
-    is_compiled_around,
-    modules_outside,
-    weighs_losses,
-)
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.model.answer import Answer, weights_sample
 from lightning_flatness.model.call import Call, Overheard, as_call, equal_inputs, heard_call, same_inputs, tensors_of
@@ -93,15 +87,15 @@ class StepWatch:
         self._in_other = False  # whether a module other than the one that the user names is running now
         self._outside: list[nn.Module] = []  # called modules that return logits but are no submodules
         # Without DDP, the steps of a LightningModule run eagerly even after module.compile(). So watch its children.
-        watched = [pl_module, *(part for child in pl_module.children() for part in eager_modules(child))]
-        modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
+        found = [pl_module, *(part for child in pl_module.children() for part in watched.eager_modules(child))]
+        modules = [module for module in dict.fromkeys(found) if next(module.parameters(), None) is not None]
         self._around: set[nn.Module] = set()  # compiled modules that contain the module that the user names
         if named:
             others = [module for module in modules if named.module not in module.modules()]
-            self._around = {module for module in pl_module.modules() if is_compiled_around(module, named.module)}
+            self._around = watched.compiled_around(pl_module, named.module)
             modules = [named.module, *others, *self._around]
         else:
-            modules += modules_outside(pl_module)
+            modules += watched.modules_outside(pl_module)
         self._overheard = Overheard(modules, self._hear)
 
     def __enter__(self) -> StepWatch:
@@ -116,7 +110,7 @@ class StepWatch:
     ) -> Any:
         # DDP calls the LightningModule to run a step. If the LightningModule is compiled, this step is compiled, too.
         is_replaced = vars(module).get("forward") is not self._forward
-        is_step = module is self._pl_module and is_compiled(module) and is_replaced
+        is_step = module is self._pl_module and watched.is_compiled(module) and is_replaced
         self.step_is_compiled |= is_step
         if is_step or module in self._around:
             with self._overheard.paused():
@@ -134,11 +128,11 @@ class StepWatch:
             heard.copied = call.copied()
         self._open.append(heard)
         try:
-            with self._overheard.paused() if is_compiled(module) else nullcontext():
+            with self._overheard.paused() if watched.is_compiled(module) else nullcontext():
                 heard.output = forward(*arguments, **keywords)
         finally:
             self._open.pop()
-        if weighs_losses(call, heard.output):
+        if watched.weighs_losses(call, heard.output):
             return heard.output
         if not _why_no_logits(heard.output):
             heard.within.clear()
@@ -164,7 +158,7 @@ class StepWatch:
         with suppress(Exception):  # the user's step must go on, whatever the arguments are
             # On the inputs of the named module, it is another network and no part of this one.
             is_part = self._calls and not any(same_inputs(call, other.call) for other in self._calls)
-            if is_part and not is_within and not weighs_losses(call, output):
+            if is_part and not is_within and not watched.weighs_losses(call, output):
                 self._after.append(module)
         return output
 
@@ -176,7 +170,7 @@ class StepWatch:
         If the output is logits, note the module, and drop the calls of submodules within this call.
         """
         before = len(self._calls)
-        with self._overheard.paused() if is_compiled(module) else nullcontext():
+        with self._overheard.paused() if watched.is_compiled(module) else nullcontext():
             output = forward(*arguments, **keywords)
         if not _why_no_logits(output):
             self._outside.append(module)

@@ -38,9 +38,9 @@ def is_compiled(module: nn.Module) -> bool:
     return vars(module).get("_compiled_call_impl") is not None
 
 
-def is_compiled_around(module: nn.Module, part: nn.Module) -> bool:
-    """Return whether a module is compiled in place and contains ``part``, which is another module."""
-    return is_compiled(module) and module is not part and part in module.modules()
+def compiled_around(pl_module: LightningModule, part: nn.Module) -> set[nn.Module]:
+    """Return the modules that are compiled in place and contain ``part``, without ``part`` itself."""
+    return {one for one in pl_module.modules() if one is not part and is_compiled(one) and part in one.modules()}
 
 
 def weighs_losses(call: Call, output: Any) -> bool:

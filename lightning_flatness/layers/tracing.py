@@ -274,9 +274,9 @@ class _Tracing(TorchFunctionMode):
         # A single vector, such as a query, is no layer, also where expand() repeats it for every sample.
         steps = kernel.stride() if kernel.layout == torch.strided else kernel.shape
         several = sum(size > 1 and step > 0 for size, step in zip(kernel.shape, steps, strict=True)) > 1
-        innermost, before, is_product = self._frames[-1].name, len(self.calls), function in PRODUCTS | DISTANCES
+        place, is_product = (owners[id(kernel)], self._frames[-1].name), function in PRODUCTS | DISTANCES
         vectors = entries**0.5 if several and is_product else 0.0
-        self._add(_Applied(owners[id(kernel)], innermost, True, (), (), is_product, before, False, function, vectors))
+        self._add(_Applied(*place, True, (), (), is_product, len(self.calls), None, False, function, vectors))
 
     def _owner_of(self, tensor: Tensor) -> Owner | None:
         """Return ``(module name, parameter name)`` if a tensor is a parameter or was computed from one, else None."""

@@ -196,7 +196,7 @@ class CalledThroughWrapper(SingleDeviceStrategy):
     "is_step = False and",
     ids="val-None",
 )
-@guards("callbacks/step_watch.py", "self._around = {", "self._around or {", ids="val-net")
+@guards("callbacks/step_watch.py", "self._around = watched", "self._around or watched", ids="val-net")
 @pytest.mark.parametrize("model", [None, pytest.param("net", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("data", ["val", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_compiled_step_is_not_taken_for_a_call_of_the_network(tmp_path, data, model):

@@ -156,7 +156,7 @@ def test_the_part_that_returns_the_logits_is_measured_on_its_own_inputs(tmp_path
     assert callback.report.hessian_trace == pytest.approx(wanted.hessian_trace, rel=1e-5)
 
 
-@guards("callbacks.step_watch:_weighs_losses", returns=False)
+@guards("callbacks.watched:weighs_losses", returns=False)
 @pytest.mark.parametrize("name", [None, "net"])
 def test_a_module_that_weighs_losses_is_no_network(tmp_path, name):
     callback, module = flatness_callback(model=name), WeighsLosses()
