@@ -66,6 +66,7 @@ class StepWatch:
     ``step`` names the step in messages: ``"validation"`` or ``"training"``.
 
     Example:
+        >>> import torch
         >>> module = LightningModule()
         >>> module.net, x = nn.Linear(2, 3), torch.ones(4, 2)
         >>> with StepWatch(module, None) as watch:

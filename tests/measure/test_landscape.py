@@ -252,7 +252,7 @@ def test_arguments_that_cannot_be(options, message):
         ((X, X), "2 tensors"),
         ([], "data set empty"),
         ([X], "no targets"),
-        ([(X, Y[:3])], "10 logits"),
+        ([(X, Y[:3])], "10 samples"),
         ([(X, Y + 5)], "classes"),
     ],
 )

@@ -227,10 +227,10 @@ def _failure(first: FirstOrder | None, features: Tensor) -> str:
     if first.deviation <= _tolerance(features):
         return ""
     return (
-        "between this layer and the classifier the channels (or positions, or samples) mix, so the closed form does "
-        f"not hold (relative deviation {first.deviation:.1e}). It needs operations that act on every channel alone, "
-        "and then global pooling. There may be no further convolution, linear layer, flattening of a map, or "
-        "normalisation across channels. Choose the last convolution before the pooling with layers=."
+        "between this layer and the classifier, channels (or positions, or samples) mix (relative deviation "
+        f"{first.deviation:.1e}). The closed form needs operations on every channel alone, and then global pooling: no "
+        "further convolution, linear layer, flattening of a map, or normalisation across channels. Choose the last "
+        "convolution before the pooling with layers=."
     )
 
 

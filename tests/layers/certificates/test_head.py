@@ -151,7 +151,7 @@ def test_logits_changed_in_place_are_noticed():
 
 def test_two_linear_layers_are_noticed():
     head = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    assert_not_closed_form(PooledNet(head=head), "between this layer and the classifier the channels")
+    assert_not_closed_form(PooledNet(head=head), "between this layer and the classifier, channels")
     head[1] = nn.LeakyReLU()
     assert_not_closed_form(PooledNet(tail=nn.ReLU(), head=head), "", exact=True)
 
