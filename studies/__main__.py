@@ -17,7 +17,7 @@ from studies.running import RESULTS, Settings, run_family
 PARTS = {
     "digits": "216 networks on scikit-learn's digits, a factorial (some twenty minutes on two cores, by estimate)",
     "cifar": "66 networks on CIFAR-10, a star (an hour on two fast cores)",
-    "accurate": "ten networks of real accuracy on CIFAR-10 (an hour on two fast cores, with 10,000 training images)",
+    "accurate": "ten networks of real accuracy on CIFAR-10 (75 minutes on two cores, with 10,000 training images)",
     "shift": "flatness on digits drawn otherwise",
     "shift-cifar": "flatness on CIFAR-10 drawn otherwise, of networks that `cifar --keep-weights` has trained",
     "curves": "flatness in training, twenty runs",

@@ -145,7 +145,7 @@ def accurate(seeds: int = 5) -> Family:
     """Return networks with high accuracy on CIFAR-10: ResNets and plain CNNs, trained on all images, augmented."""
     centre = replace(
         CIFAR, train_size=50_000, augment=True, width=32, batch_size=125, learning_rate=0.1, weight_decay=5e-4,
-        epochs=20, schedule="cosine",
+        epochs=30, schedule="cosine",
     )  # fmt: skip
     kinds = ({"arm": "resnet", "network": "resnet", "depth": 1}, {"arm": "plain", "depth": 6})
     settings = list(product(range(seeds), kinds))
@@ -154,7 +154,7 @@ def accurate(seeds: int = 5) -> Family:
         for number, (seed, kind) in enumerate(settings)
     )
     return Family(
-        name="accurate", data="cifar10", configurations=found, epochs=(10, 15, 20), losses=LOSSES, checks=1, stack=2,
+        name="accurate", data="cifar10", configurations=found, epochs=(10, 20, 30), losses=LOSSES, checks=1, stack=2,
         stack_on_cpu=1, factors=("network",), measured_samples=256, costly=(),
     )  # fmt: skip
 
