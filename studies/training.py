@@ -35,6 +35,15 @@ class Snapshot:
     epoch: float
     state: dict[str, Tensor]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send weights to other processes by value, since a tensor in shared memory keeps a file open in each."""
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self.state.items()}
+        return _from_arrays, (self.name, self.snapshot, self.epoch, arrays)
+
+
+def _from_arrays(name: str, snapshot: str, epoch: float, arrays: dict[str, Any]) -> Snapshot:
+    return Snapshot(name, snapshot, epoch, {key: torch.from_numpy(array) for key, array in arrays.items()})
+
 
 class Run:
     """The training of one stack of networks; each network has its own configuration."""

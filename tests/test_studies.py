@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from studies.networks import build
 from studies.running import RESULTS
 from studies.stacked import Optimizer, Stack
 from studies.tables import Table, read_rows
-from studies.training import Run, seed_of
+from studies.training import Run, Snapshot, seed_of
 
 
 @pytest.fixture
@@ -259,3 +260,12 @@ def test_the_page_has_the_numbers_of_the_tables(family, fewest):
         assert float(row["tau"]) == pytest.approx(tau, abs=1e-5)
         assert int(row["n"]) == len(found) >= fewest
         assert f"{interval(row, 'tau')} with the {target}".replace("**", "") in page
+
+
+def test_snapshots_go_to_other_processes_by_value():
+    """A tensor in shared memory would keep a file open in each process for as long as it lives."""
+    snapshot = Snapshot("a", "epoch 1", 1.0, {"weight": torch.randn(3, 2)})
+    sent = ForkingPickler.loads(ForkingPickler.dumps(snapshot))
+    assert not snapshot.state["weight"].is_shared()
+    assert (sent.name, sent.snapshot, sent.epoch) == ("a", "epoch 1", 1.0)
+    assert torch.equal(sent.state["weight"], snapshot.state["weight"])
