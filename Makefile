@@ -7,7 +7,7 @@
 # make dist    build the wheel and the sdist into dist/, check them, and try the wheel by itself (a minute)
 # make gallery     draw the figures of docs/gallery.md again (some minutes)
 # make tutorials   run the notebooks again, and store what they print and draw (five minutes)
-# make study   train and measure 216 networks, and write docs/study.md (half an hour on two cores, by estimate);
+# make study   train and measure 216 networks, and write docs/study.md (ten minutes on two cores);
 #              study-cifar and study-accurate for CIFAR-10 (some 75 minutes each on two cores with JOBS=2, and 10,000 training
 #              images; ARRAYS=folder of .npy files, or torchvision downloads it); all go on after an interrupt
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
