@@ -127,8 +127,8 @@ def assert_matches_oracle(
         **options: options of ``measure_flatness``, such as ``loss``.
 
     Raises:
-        AssertionError: the numbers differ. The error is also raised for a layer that computes its kernel from its
-            weight without a parametrisation; such a layer cannot be checked.
+        AssertionError: the numbers differ. The error is also raised for a layer that applies a kernel other than its
+            parameter ``weight``, without a parametrisation; such a layer cannot be checked.
 
     Example:
         >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
@@ -151,10 +151,10 @@ def assert_matches_oracle(
         own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(kind.__name__, kind.__bases__, own)
         remove_parametrizations(module, "weight", leave_parametrized=True)
-    elif measured.info.kernel == "effective":
+    elif measured.info.kernel == "effective" or not isinstance(getattr(module, "weight", None), nn.Parameter):
         raise AssertionError(
-            f"Layer '{layer}' ({type(module).__name__}) computes its kernel from its weight, but this check can "
-            "differentiate only with respect to the weight. Check a plain convolution with the same kernel instead."
+            f"Layer '{layer}' ({type(module).__name__}) applies a kernel other than its parameter 'weight', but this "
+            "check can differentiate only with respect to 'weight'. Check a plain convolution with the same kernel."
         )
     expected = oracle_block_traces(model, (inputs, targets), layer, filters, loss_function)
     groups, per_group, _ = measured.block_traces.shape

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, naming
 from lightning_flatness.functional import ClassCurvature, LossDerivatives, separating_masks
 from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.certificates.affine import Inexact, sums_to_zero, why_curved, why_not_affine
 from lightning_flatness.layers.certificates.head import Head, certify_head
-from lightning_flatness.layers.certificates.layer import Kernel, certify_layer, is_own_weight, own_weight
+from lightning_flatness.layers.certificates.layer import Kernel, certify_layer, is_kernel
 from lightning_flatness.layers.certificates.path import certify_path, is_output
 from lightning_flatness.layers.certificates.samples import SAMPLES_MIX, find_mixing_layer, why_out_of_reach
 from lightning_flatness.layers.certificates.tail import (
@@ -240,9 +240,10 @@ class _Certificates:
 
         A layer that computes its kernel from a parameter is not tested. The deviation of such a layer is set to zero.
         """
-        own = [name for name, of_layer in calls.items() if is_own_weight(of_layer[0])]
+        parameters = self.context.selection.parameters
+        own = {name: p for name, p in parameters.items() if name in calls and is_kernel(p, calls[name][0])}
         u = random_like(self.recorded.logits)
-        gradients = self._gradients({name: calls[name][0] for name in own}, u)
+        gradients = self._gradients(own, u)
         pulled = iter(pull_back(self.recorded.logits, nodes_of(calls), u))
         deviations = dict.fromkeys(calls, 0.0)
         for name, of_layer in list(calls.items()):
@@ -255,13 +256,12 @@ class _Certificates:
                 self.leave_out(name, error, calls, left_out)
         return deviations
 
-    def _gradients(self, layers: Mapping[str, LayerCall], u: Tensor) -> dict[str, Tensor | None]:
-        """Run a copy of the model, and return the gradient of ``<u, logits>`` with respect to each layer's weight.
+    def _gradients(self, parameters: Mapping[str, nn.Parameter], u: Tensor) -> dict[str, Tensor | None]:
+        """Run a copy of the model, and return the gradient of ``<u, logits>`` with respect to each parameter.
 
-        The gradient is None for a weight on which the logits do not depend.
+        The gradient is None for a parameter on which the logits do not depend.
         """
         copy = self.context.copy()
-        parameters = {name: own_weight(call.module) for name, call in layers.items()}
         kernels = [copy.copy_of(parameter).requires_grad_() for parameter in parameters.values()]
         again = logits_of(copy(self.recorded.inputs))
         if not kernels or not again.requires_grad:
@@ -330,17 +330,17 @@ class _Certificates:
             reasons = why_not_affine(once, logits, up_to_shift)
             known = Known(None, CANNOT_CURVE) if once else known
         repeated = {name: of_layer for name, of_layer in checked.items() if name not in once}
-        return reasons | {name: self._why_polynomial(of, up_to_shift) for name, of in repeated.items()}, known
+        return reasons | {name: self._why_polynomial(name, of, up_to_shift) for name, of in repeated.items()}, known
 
-    def _why_polynomial(self, calls: Sequence[LayerCall], up_to_shift: bool) -> Inexact | None:
+    def _why_polynomial(self, name: str, calls: Sequence[LayerCall], up_to_shift: bool) -> Inexact | None:
         """Return why the logits are not affine in the kernel of a layer that runs several times; None if they are."""
-        if not is_own_weight(calls[0]):
+        parameter = self.context.selection.parameters.get(name)
+        if parameter is None or not is_kernel(parameter, calls[0]):
             return Inexact.COMPUTED_KERNEL
         # The output of one call may be the input of the next, which makes the logits a polynomial in the kernel. So the
         # whole model is tested as a function of the kernel.
         kernel = calls[0].convolution.weight.detach().clone().requires_grad_()
-        replacement = {own_weight(calls[0].module): kernel}
-        logits = logits_of(self.context.copy()(self.recorded.inputs, replacement))
+        logits = logits_of(self.context.copy()(self.recorded.inputs, {parameter: kernel}))
         return why_curved(logits, kernel, up_to_shift)
 
 

@@ -93,7 +93,7 @@ def _convolution(
 def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Convolution:
     """Describe a call of ``linear`` as a convolution of kernel size one over its tokens."""
     inputs = input.detach()
-    tokens = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]) if inputs.ndim > 1 else inputs
+    tokens = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1) if inputs.ndim > 1 else inputs
     geometry = ConvolutionGeometry((1,), (1,), (0,), (1,))
     return Convolution(
         tokens.mT if inputs.ndim > 1 else tokens, weight, geometry, output, channel_dimension=-1, bias=bias

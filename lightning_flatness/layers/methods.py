@@ -17,7 +17,7 @@ from lightning_flatness.functional.curvature import MANY_CLASSES
 from lightning_flatness.functional.weighting import spectral_bound
 from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.certificates.affine import Inexact
-from lightning_flatness.layers.certificates.layer import Kernel, is_own_weight
+from lightning_flatness.layers.certificates.layer import Kernel, is_kernel
 from lightning_flatness.layers.certified import CertifiedLayer, CertifiedPass, Context
 from lightning_flatness.layers.convolution import Convolution
 from lightning_flatness.layers.gauss_newton import is_sampled
@@ -61,7 +61,7 @@ def first_description(
         method="closed_form",
         exact=True,
         reason="",
-        kernel="parameter" if is_own_weight(call) else "effective",
+        kernel="parameter" if is_kernel(context.selection.parameters.get(name), call) else "effective",
         deviation=deviation,
         multiplications=_multiplications(convolution, 1, diagonal) + curvature.num_columns * elements,
         memory=elements * (MATRICES_KEPT * 8 + (0 if diagonal else WEIGHTING_MATRICES * kernel_bytes)),
@@ -104,7 +104,7 @@ def under_gauss_newton(
             "strict=True asks for exact numbers. Leave strict=True out, or choose another layer with layers=."
             f"{closed_form}"
         )
-    estimated = inexact is Inexact.CURVED and options.residual is not None and is_own_weight(calls[0])
+    estimated = inexact is Inexact.CURVED and options.residual is not None and info.kernel == "parameter"
     is_output = info.name in certified.outputs
     sampled = not is_output and is_sampled(curvature, options.class_tolerance)
     label = inexact or (Inexact.SAMPLED if sampled else None)

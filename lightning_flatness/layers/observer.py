@@ -16,7 +16,6 @@ from lightning_flatness.errors import BatchError, FlatnessError, naming
 from lightning_flatness.functional import LossDerivatives
 from lightning_flatness.functional.conditions import deferred_checks
 from lightning_flatness.functional.weighting import Weighting
-from lightning_flatness.layers.certificates.layer import own_weight
 from lightning_flatness.layers.certified import Certified, CertifiedLayer, CertifiedPass
 from lightning_flatness.layers.certify import certify_observed
 from lightning_flatness.layers.closed_form import ClosedForms, closed_form_layer
@@ -329,13 +328,14 @@ class FlatnessObserver:
         wanted = [name for name, info in known.infos.items() if info.method == "gauss_newton+hutchinson"]
         if not wanted:
             return {}
-        calls = {name: certified.calls[name][0] for name in wanted}
-        kernels = {name: call.convolution.weight.detach().clone().requires_grad_() for name, call in calls.items()}
-        parameters = {own_weight(call.module): kernels[name] for name, call in calls.items()}
+        weights = {name: certified.calls[name][0].convolution.weight for name in wanted}
+        kernels = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+        replacements = {self._own.context.selection.parameters[name]: kernel for name, kernel in kernels.items()}
         grams = {name: known.layers[name].gram.whole() for name in wanted}
         if certified.loss.residual is None:
             raise BatchError("residual='hutchinson' needs targets, but this batch has none. Give (inputs, targets).")
-        logits = logits_of(ModelCopy(self._model, self._options.measuring_dtype)(certified.recorded.inputs, parameters))
+        copy = ModelCopy(self._model, self._options.measuring_dtype)
+        logits = logits_of(copy(certified.recorded.inputs, replacements))
         scalar = (logits * certified.loss.residual.to(logits.dtype)).sum()
         return hutchinson_residual(scalar, kernels, grams, weightings, self._options, self._generator)
 

@@ -22,6 +22,7 @@ class Selection:
     """The result of :func:`select`: the layers to measure, the classifier, and the logits of the first samples."""
 
     modules: dict[str, nn.Module]  # the layers, keyed by plain name, in the order in which they run
+    kernels: Mapping[str, str]  # name of a layer -> name of its parameter that is the kernel, or may be
     classifier_name: str | None
     classifier: nn.Module | None  # None if the last layer that runs is not a linear map with a weight
     logits: Tensor  # (N, K), of the first samples, on which the layers were chosen
@@ -31,9 +32,9 @@ class Selection:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameter ``weight`` of each layer that has one, keyed by layer name."""
-        own = {name: dict(module.named_parameters(recurse=False)) for name, module in self.modules.items()}
-        return {name: parameters["weight"] for name, parameters in own.items() if "weight" in parameters}
+        """The parameter of each layer that is its kernel, or from which it may be computed, keyed by layer name."""
+        own = {name: dict(module.named_parameters(remove_duplicate=False)) for name, module in self.modules.items()}
+        return {name: of[self.kernels[name]] for name, of in own.items() if self.kernels[name] in of}
 
 
 def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[str], prefix: str = "") -> Selection:
@@ -57,6 +58,7 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
     names = _wanted(layers, modules, candidates, traced, classifier)
     return Selection(
         modules={name: candidates[name] for name in names},
+        kernels={call.name: call.kernel or "weight" for call in traced.ran},
         classifier_name=classifier,
         classifier=None if classifier is None else candidates[classifier],
         logits=traced.logits,
@@ -73,7 +75,7 @@ def _classifier(traced: Trace) -> str | None:
     from one pixel to one pixel counts as linear if its output has as many channels as there are logits. Without a
     classifier, the logits are assumed to be the pooled output of the last layer, as in SqueezeNet.
     """
-    if not traced.calls or not traced.calls[-1].has_weight:
+    if not traced.calls or traced.calls[-1].kernel != "weight":
         return None
     last = traced.calls[-1]
     on_one_pixel = set(last.input_shape[2:]) == {1} and set(last.output_shape[2:]) == {1}

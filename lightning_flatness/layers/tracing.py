@@ -44,7 +44,7 @@ class TracedCall:
     output_shape: tuple[int, ...]
     convolves: bool  # whether the layer is a convolution, or a linear map over several positions
     is_linear: bool  # whether the layer is linear
-    has_weight: bool = True  # whether the kernel is the layer's own parameter ``weight``
+    kernel: str | None = "weight"  # name of the layer's own parameter that is the kernel; None if there is none
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class _Tracing(TorchFunctionMode):
     ) -> None:
         """Record that a module has run. If the module is a layer, add its call to ``calls``."""
         frame = self._frames.pop()
-        if returned is None:  # the module raised an error, which the forward may catch
-            return
+        if returned is None:
+            return  # the module raised an error, which the forward may catch
         convolving = [applied for applied in frame.applied if not applied.function]
         if isinstance(module, LAYERS):
             shapes = _shape(next(iter((*arguments, *keywords.values())), None)), _shape(returned)
@@ -217,8 +217,8 @@ class _Tracing(TorchFunctionMode):
             self.calls.append(TracedCall(name, *shapes, convolves, isinstance(module, nn.Linear)))
         elif name and len(convolving) == 1 and _is_layer(frame, convolving[0], returned):
             (applied,) = convolving
-            shapes, has_weight = (applied.input_shape, applied.output_shape), applied.owner == (name, "weight")
-            self.calls.append(TracedCall(name, *shapes, applied.convolves, applied.is_linear, has_weight))
+            shapes, kernel = (applied.input_shape, applied.output_shape), applied.owner[1] if applied.owner else None
+            self.calls.append(TracedCall(name, *shapes, applied.convolves, applied.is_linear, kernel))
         else:
             return
         if isinstance(returned, Tensor) and returned.ndim > 1 and set(returned.shape[2:]) <= {1}:
@@ -229,10 +229,9 @@ class _Tracing(TorchFunctionMode):
     def leave_script(self, module: nn.Module, arguments: tuple[Any, ...], returned: Any) -> None:
         """Record the call of a TorchScript module that has a kernel. No hook sees the layers inside it."""
         name = next((name for name, one in self._modules.items() if one is module), "")
-        kernels = [parameter for parameter in module.parameters() if parameter.ndim > 1]
-        if isinstance(module, torch.jit.ScriptModule) and name and kernels:
-            is_linear = all(kernel.ndim == 2 for kernel in kernels)
-            self._add(_Applied((name, ""), name, True, (), _shape(returned), is_linear, len(self.calls)))
+        dimensions = {parameter.ndim for parameter in module.parameters()} - {0, 1}  # of kernels
+        if isinstance(module, torch.jit.ScriptModule) and name and dimensions:
+            self._add(_Applied((name, ""), name, True, (), _shape(returned), dimensions == {2}, len(self.calls)))
 
     def last_call(self, logits: Tensor) -> int | None:
         """Return the index in ``calls`` of the last call whose output is the logits, or None if there is no such call.
@@ -264,7 +263,8 @@ class _Tracing(TorchFunctionMode):
         others = [one for one in operands if owners[id(one)] is None and id(one) not in self._buffers]
         if kernels and not others:
             owner = min((owners[id(one)] for one in kernels), key=self._frozen.__contains__)  # a trained one, if any
-            self._computed |= {id(one): (one, owner) for one in _tensors_in((result,))}
+            numbers = [one for one in _tensors_in((result,)) if one.is_floating_point() or one.is_complex()]
+            self._computed |= {id(one): (one, owner) for one in numbers}
         kernel = max(kernels, key=Tensor.numel, default=result)
         applies = function in PRODUCTS | DISTANCES | OTHER_CONVOLUTIONS | TRANSPOSED and isinstance(result, Tensor)
         if not applies or not kernels or not others or kernel.ndim < 2 or self._is_constant(owners[id(kernel)]):

@@ -50,8 +50,8 @@ class LayerInfo(Record):
         method: ``"closed_form"``, ``"gauss_newton"`` or ``"gauss_newton+hutchinson"``, as above.
         exact: whether checks against autograd certify that the numbers are those of the exact Hessian.
         reason: why the numbers are not exact; empty if they are exact.
-        kernel: the tensor with respect to which derivatives are taken: ``"parameter"`` for the layer's weight,
-            ``"effective"`` for a kernel that the layer computes from its weight.
+        kernel: the tensor with respect to which derivatives are taken: ``"parameter"`` for the layer's weight
+            or another parameter, ``"effective"`` for a kernel that the layer computes from parameters.
         deviation: largest relative deviation from autograd that the checks of this layer (certificates) found.
         backward_passes: number of backward passes per batch, shared by all layers. If classes with little probability
             mass are sampled, this is an upper bound.
@@ -183,7 +183,7 @@ def _caption(layers: Sequence[LayerInfo], left_out: Mapping[str, str], verbose: 
             "M mult.: millions of multiplications per sample, in addition to passes through the model."
         )
     if any(info.kernel == "effective" for info in layers):
-        sentences.append("*: with respect to the kernel that the layer computes from its weight and applies.")
+        sentences.append("*: with respect to the kernel that the layer computes from parameters and applies.")
     return " ".join([*sentences, *notes(layers, left_out)])
 
 

@@ -142,17 +142,12 @@ def identity(weight: Tensor) -> tuple[int, int]:
     return id(weight), weight._version
 
 
-def is_own_weight(call: LayerCall) -> bool:
-    """Return whether the kernel that a layer applied equals the layer's parameter ``weight``.
+def is_kernel(parameter: nn.Parameter | None, call: LayerCall) -> bool:
+    """Return whether the kernel that a layer applied equals ``parameter``.
 
-    If not, the layer computes the kernel, for example by normalising ``weight``.
+    If not, the layer computes the kernel, for example by normalising its weight.
     """
     weight = call.convolution.weight
-    own = dict(call.module.named_parameters(recurse=False)).get("weight")
-    return own is not None and own.shape == weight.shape and torch.equal(own.to(weight), weight)
-
-
-def own_weight(module: nn.Module) -> nn.Parameter:
-    """Return the parameter ``weight`` of a layer for which :func:`is_own_weight` is true."""
-    assert isinstance(module.weight, nn.Parameter)
-    return module.weight
+    return (
+        parameter is not None and parameter.shape == weight.shape and torch.equal(parameter.detach().to(weight), weight)
+    )
