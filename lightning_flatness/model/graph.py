@@ -17,17 +17,13 @@ from lightning_flatness.functional.graph_walk import differentiable_once, functi
 # the indices of the nodes that follow it.
 Operations = tuple[tuple[Any, ...], ...]
 
-# Words in the names of functions that move or mix entries in a way that depends on another tensor, such as indices or
-# weights.
-MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSampler", "Convolution", "Mm", "mm", "Mv")
-
 
 def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
     """Return the operations that compute a tensor, or None if they do not show which entries influence each other.
 
-    The result is None if an operation moves or mixes entries by indices or weights, or is a custom
-    ``autograd.Function``. It is also None if entries may influence each other on some samples only (:func:`may_mix`).
-    If ``samples``, the number of samples in the batch, is given, the result does not depend on this number.
+    The result is None if an operation is a custom ``autograd.Function``, or if entries may influence each other on
+    some samples only (:func:`may_mix`). If ``samples``, the number of samples in the batch, is given, the result does
+    not depend on this number.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -36,12 +32,8 @@ def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
         >>> operations_of(z.relu().mean(2)) == operations_of(z.detach().requires_grad_().relu().mean(2))
         True
     """
-    nodes = []
-    for node in functions_of([end]):
-        if isinstance(node, BackwardCFunction) or any(word in node.name() for word in MOVING):
-            return None
-        nodes.append(node)
-    if may_mix(end):
+    nodes = list(functions_of([end]))
+    if any(isinstance(node, BackwardCFunction) for node in nodes) or may_mix(end):
         return None
     numbers = {node: number for number, node in enumerate(nodes)}
     return tuple(

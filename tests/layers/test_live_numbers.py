@@ -266,7 +266,6 @@ def test_options(options):
     assert assert_observed_as_own(networks.Plain(), x, y, **options) == ""
 
 
-@guards("layers.recording:Recorder._quiet", body="return hook")
 @guards("layers/options.py", "random_states_kept(model) if own else nullcontext()", "nullcontext()")
 def test_a_loss_that_draws_leaves_random_states_alone():
     def drawing(f, y):
@@ -281,6 +280,7 @@ def test_a_loss_that_draws_leaves_random_states_alone():
     assert random.getstate() == before[1]
 
 
+@guards("layers.recording:Recorder._quiet", body="return hook")
 def test_errors_of_ours_do_not_reach_the_user(monkeypatch):
     model, (x, y) = networks.Plain().eval(), batch()
     observer = tried(model, x, y)

@@ -50,7 +50,6 @@ def test_a_layer_inside_vmap_is_refused_with_a_remedy():
         lf.measure_flatness(net, [(VECTORS, LABELS)], layers="c")
 
 
-@guards("layers/passes.py", "in_plain_words = explained(error)", "in_plain_words = None")
 def test_inputs_that_are_changed_in_place_afterwards():
     def forward(net, x):
         x = x[:, :5].clone()

@@ -161,14 +161,19 @@ def test_they_stay_and_relative_flatness_moves(kind):
     assert max(moved) > 2 or min(moved) < 0.5
 
 
-@guards("measure/measurement.py", "inputs.clone() if isinstance", "inputs if isinstance", ids="tensor")
-@guards("measure/measurement.py", "as_call(inputs).copied()", "as_call(inputs)", ids="mapping")
-@guards("measure/measurement.py", "None if targets is None else targets.clone()", "targets", ids="tensor")
+@guards("measure/measurement.py", "inputs.clone() if isinstance", "inputs if isinstance", ids="no closed form-tensor")
+@guards("measure/measurement.py", "as_call(inputs).copied()", "as_call(inputs)", ids="no closed form-mapping")
+@guards(
+    "measure/measurement.py", "None if targets is None else targets.clone()", "targets", ids="no closed form-tensor"
+)
 @pytest.mark.parametrize("given", [lambda x: x, lambda x: {"x": x}], ids=["tensor", "mapping"])
-def test_batches_do_not_matter(monkeypatch, given):
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU, lambda: nn.LayerNorm([4, 5, 5])], ids=["closed form", "no closed form"]
+)
+def test_batches_do_not_matter(monkeypatch, given, activation):
     monkeypatch.setattr(samples, "FIRST_SAMPLES", 8)
     monkeypatch.setattr("lightning_flatness.measure.measurement.FIRST_SAMPLES", 8)
-    net, (x, y) = Net(3), data(3, number=11)
+    net, (x, y) = Net(3, activation=activation), data(3, number=11)
     whole = measure(net, [(x, y)])
     spread = channels.ChannelSums.of(read_by(net, x[:8])).total().deviations()
 
