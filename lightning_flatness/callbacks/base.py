@@ -98,6 +98,7 @@ class MeasuringCallback(Callback):
         self._is_checked = False  # whether it is known that no other callback has this prefix
         self._is_restored = False
         self._network: Network | None = None  # the network that the latest watched validation step has shown
+        self._was_unseen = False  # whether batches were measured whose steps were not seen to call a network
         self._asked: Asked | None = None  # inputs and targets of the batch that is being validated
         self._watch: StepWatch | None = None  # records the calls in the validation step of that batch
         self._whole: WholeWeights | None = None  # during a measurement: the gathered weights; empty without FSDP2
@@ -111,6 +112,7 @@ class MeasuringCallback(Callback):
         self._errors.pending = None
         self._stop_watching()
         self._network = self._whole = None
+        self._was_unseen = False
 
     @abstractmethod
     def _draw_run(self, trainer: Trainer) -> None:
@@ -161,13 +163,11 @@ class MeasuringCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Record the calls of modules in validation steps until one calls the network, to find it and its inputs.
-
-        Record them again if the network's module has been replaced since.
-        """
+        """Record the calls in validation steps until one calls the network, or again if it has been replaced."""
         if self._errors.pending:
             return
-        before = self._network
+        before = None if batch_idx == 0 and is_sought(self._network) else self._network
+        self._network = before  # every validation of a loader is judged by its own steps
         if before is not None:
             with self._errors.kept(trainer.world_size):  # and no _measuring, which costs time in every validation
                 now = present_network(before, pl_module, self.model)
@@ -234,7 +234,7 @@ class MeasuringCallback(Callback):
 
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
         self._stop_watching()  # an earlier step may have raised an error
-        self._asked = self._wanted.before_step(batch, pl_module, copies=not self._follows_steps)
+        self._asked = self._wanted.before_step(batch, pl_module, copies=not self._follows_steps or self._was_unseen)
         if is_sought(self._network) and is_watchable(pl_module):
             step = "training" if pl_module.trainer.training else "validation"
             self._watch = StepWatch(pl_module, named_network(pl_module, self.model), step)
@@ -250,28 +250,28 @@ class MeasuringCallback(Callback):
         """Find the network among the modules that the step has called, and return the call to measure.
 
         Return None if no recorded call can be measured. If no call was recorded at all, the network stays unknown for
-        now in the sanity check, in training and with an empty batch. In other validation steps, warn, and measure the
-        batch's own inputs. If a later step calls the network after that, raise an error.
+        now in the sanity check, in training and with an empty batch. In other steps, warn, and measure the batch's own
+        inputs (see :func:`refuse_late_call`).
 
         If :attr:`_follows_steps` is True and ``batch_fn=`` gives no inputs, the inputs of the returned call are
-        measured. Otherwise the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step
-        gives to the network. Warn if inputs from ``batch_fn=`` differ. Raise an error if inputs from the batch differ.
+        measured. Otherwise compare the inputs with those that the step gives to the network (:func:`check_inputs`).
         """
         watch, asked = self._watch, self._asked
         assert asked is not None
         if watch is not None:
             watch.__exit__()
         if watch is None or watch.is_empty:
-            watched, trainer = watch is not None and not watch.step_is_compiled, pl_module.trainer
+            watched, trainer = watch is not None and not watch.is_compiled, pl_module.trainer
             if self._network or (watched and (asked.is_empty or trainer.sanity_checking or trainer.training)):
                 return None  # a later step will tell
             self._network = network_without_step(pl_module, self.model, is_sought=watched and not asked.is_given)
-            if not asked.is_given:
+            if not asked.is_given and not self._was_unseen:
                 warn_of_unseen(self._name, watched)
+            self._was_unseen = True
             return None
-        if self._network is not None and self._follows_steps:
-            refuse_late_call(self._name)
         found = watch.found(asked.inputs, asked.is_given)
+        if self._was_unseen and self._follows_steps:
+            refuse_late_call(self._name, asked, found.call, within=self._network is not None)
         self._network = found.network
         if found.call is not None:
             asked.refuse_doubtful(found.call)
@@ -314,8 +314,7 @@ class MeasuringCallback(Callback):
     def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """Run a ``with`` block that is a part of a measurement.
 
-        In this block, calls of ``log`` in the network have no effect, and the stopwatch runs. Errors are stored until
-        all ranks handle them together, as ``RankErrors.kept`` describes.
+        Calls of ``log`` in the network have no effect, the stopwatch runs, and errors wait (:meth:`RankErrors.kept`).
         """
         clock = self._stopwatch.running(pl_module.device)
         with self._errors.kept(trainer.world_size), logging_muted(pl_module), clock:

@@ -56,7 +56,7 @@ class PassesOfRun:
         """Tell the user why extra passes are made. An empty reason means that no extra passes are made."""
         if reason != self._told:
             rank_zero_info(
-                f"FlatnessCallback measures in forward passes of its own: {reason}."
+                f"FlatnessCallback measures in forward passes of its own: {reason.removesuffix('.')}."
                 if reason
                 else "FlatnessCallback observes the forward passes of validation and needs none of its own."
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
@@ -22,22 +22,27 @@ from lightning_flatness.model.call import Call, same_tensors
 def warn_of_unseen(name: str, is_watched: bool) -> None:
     """Warn that the batch's own inputs are measured, because no call of the network was seen in the step.
 
-    ``is_watched`` is False if ``torch.compile`` runs the whole step, so that calls in it cannot be seen.
+    ``is_watched`` is False if ``torch.compile`` runs the step or the part of it that calls the network.
     """
-    compiled, none = "torch.compile runs the whole step", "the validation step does not call the network"
+    compiled, none = "torch.compile runs the code that calls it", "the validation step does not call the network"
     rank_zero_warn(
         f"{name} cannot see what the network is given ({none if is_watched else compiled}), so it measures the batch's "
         "own inputs. If the network takes other inputs, give batch_fn=, a function from a batch to (inputs, targets)."
     )
 
 
-def refuse_late_call(name: str) -> NoReturn:
-    """Raise an error because a validation step calls the network, and earlier steps did not."""
-    raise FlatnessError(
-        f"{name}: the validation step calls the network in this batch, and did not call it before. The earlier batches "
-        "were measured as they are. Give batch_fn=, a function from a batch to the (inputs, targets) to measure, or to "
-        "(None, None) if the step skips the batch."
-    )
+def refuse_late_call(name: str, asked: Asked, call: Call | None, within: bool) -> None:
+    """Raise an error if a validation step calls the network, and earlier steps did not.
+
+    Raise none if this call has the tensors of the batch, because the earlier batches were measured so. But ``within``
+    one validation of a loader, raise it always, because the earlier steps may have skipped their batches on purpose.
+    """
+    if within or (call is not None and not asked.is_given and not same_tensors(call, asked.copied, asked.targets)):
+        raise FlatnessError(
+            f"{name}: the validation step calls the network in this batch, and did not call it before. The earlier "
+            "batches were measured as they are. Give batch_fn=, a function from a batch to the (inputs, targets) to "
+            "measure, or to (None, None) if the step skips the batch."
+        )
 
 
 def check_inputs(name: str, data: Any, step: str, asked: Asked, call: Call, follows_steps: bool) -> None:

@@ -79,13 +79,13 @@ class StepWatch:
     def __init__(self, pl_module: LightningModule, named: Network | None, step: str = "validation") -> None:
         self._pl_module, self._named, self.step = pl_module, named, step
         self._forward = vars(pl_module).get("forward")
-        self.step_is_compiled = False
+        self.is_compiled, self._num_traced = False, Overheard.num_traced  # whether torch.compile runs the calls
         self._places = {module: name for name, module in pl_module.named_modules()}
         self._names = {module: plain_name(name) for module, name in self._places.items()}
         self._calls: list[_Heard] = []
         self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
         self._after: list[nn.Module] = []  # modules that are called after the module that the user names
-        self._in_other = False  # whether a module other than the one that the user names is running now
+        self._in_other = False  # whether a module other than the named one is running now
         self._outside: list[nn.Module] = []  # called modules that return logits but are no submodules
         # Without DDP, the steps of a LightningModule run eagerly even after module.compile(). So watch its children.
         found = [pl_module, *(part for child in pl_module.children() for part in watched.eager_modules(child))]
@@ -105,6 +105,7 @@ class StepWatch:
 
     def __exit__(self, *error: object) -> None:
         self._overheard.__exit__()
+        self.is_compiled |= Overheard.num_traced > self._num_traced
 
     def _hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -112,7 +113,7 @@ class StepWatch:
         # DDP calls the LightningModule to run a step. If the LightningModule is compiled, this step is compiled, too.
         is_replaced = vars(module).get("forward") is not self._forward
         is_step = module is self._pl_module and watched.is_compiled(module) and is_replaced
-        self.step_is_compiled |= is_step
+        self.is_compiled |= is_step
         if is_step or module in self._around:
             with self._overheard.paused():
                 return forward(*arguments, **keywords)
@@ -289,9 +290,8 @@ class StepWatch:
             )
         modules.sort(key=lambda module: not any(p.requires_grad for p in module.parameters()))  # trained ones first
         arguments = " or ".join(f"model={self._as_argument(module)}" for module in modules)
-        raise FlatnessError(
-            f"The {self.step} step calls several networks, {names}. Name the one to measure: {arguments}."
-        )
+        several = f"The {self.step} step calls several networks, {names}. "
+        raise FlatnessError(f"{several}Name the one to measure: {arguments}.")
 
     def _whole(self, parts: Sequence[nn.Module]) -> str:
         """Return the name of the smallest submodule with a ``forward`` that contains ``parts``; empty if none does."""

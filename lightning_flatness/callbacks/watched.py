@@ -27,7 +27,8 @@ def modules_outside(pl_module: LightningModule) -> list[nn.Module]:
     Leave out modules without weights of their own, such as wrappers of submodules.
     """
     inside, weights = set(pl_module.modules()), set(pl_module.parameters())
-    found = [part for part in parts_of(pl_module) if isinstance(part, nn.Module) and part not in inside]
+    # By `type`, because a weak reference has the class of its module, but cannot be in a set.
+    found = [part for part in parts_of(pl_module) if issubclass(type(part), nn.Module) and part not in inside]
     parts = {part for module in found for child in module.children() for part in child.modules()}
     eager = dict.fromkeys(part for module in found if module not in parts for part in eager_modules(module))
     return [module for module in eager if not weights.issuperset(module.parameters())]

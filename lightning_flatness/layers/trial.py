@@ -92,6 +92,8 @@ def try_observing(
     passes.release()  # its copy of the model would stay in memory during validation
     context = passes.context
     for name, layer in passes.known.layers.items():
+        if context.selection.modules[name] is model:
+            return f"layer '{name}' is the whole network"
         if name not in expected or (layer.is_output and name != context.selection.classifier_name):
             return f"layer '{name}' is not measured by the closed form, and is not the classifier"
     known = Observable(passes.known, context, compiled=why_compiled(model))

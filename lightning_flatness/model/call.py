@@ -164,6 +164,7 @@ class Overheard:
     # A stack with one entry for every only_heard_by block that is running. Only the object on top intercepts calls. If
     # None is on top, no object does. If the stack is empty, all objects do.
     _only: ClassVar[list[Overheard | None]] = []
+    num_traced: ClassVar[int] = 0  # number of intercepted calls that a compiler has traced, so far
 
     def __init__(self, modules: Iterable[nn.Module], hear: Hear) -> None:
         self._modules, self._hear = list(modules), hear
@@ -202,9 +203,20 @@ class Overheard:
         Call the function ``hear`` that was given on creation. Run the original forward instead if a compiler is tracing
         the call, or if this object may not intercept calls now (:func:`only_heard_by`).
         """
-        if torch.compiler.is_compiling() or (Overheard._only and Overheard._only[-1] is not self):
+        if torch.compiler.is_compiling():
+            count_traced()
+            return forward(*arguments, **keywords)
+        if Overheard._only and Overheard._only[-1] is not self:
             return forward(*arguments, **keywords)
         return self._hear(module, forward, arguments, keywords)
+
+
+# torch.compile runs a function with this decorator once, when it traces the call.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def count_traced() -> int:
+    """Count a call that a compiler traces, in :attr:`Overheard.num_traced`, and return the new number."""
+    Overheard.num_traced += 1
+    return Overheard.num_traced
 
 
 ATTRIBUTES = ("_compiled_call_impl", "forward")

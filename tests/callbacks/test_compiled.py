@@ -1,5 +1,7 @@
 """Every form of torch.compile: the same numbers and names as uncompiled, and not one graph compiled on our account."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -73,7 +75,7 @@ class LogsOneNumber(Callback):
         *[("submodule", 0, False), ("submodule", 2, True), ("submodule in place", 0, True)],
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.compile runs the whole step")
+@pytest.mark.filterwarnings("ignore:.*torch.compile runs the code that calls it")
 def test_compiled(tmp_path, form, sanity, guarded):
     """With hooks guarded, a hook that is left on a compiled module, if only for a time, costs a compilation."""
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not guarded):
@@ -201,7 +203,7 @@ class CalledThroughWrapper(SingleDeviceStrategy):
 @pytest.mark.parametrize("data", ["val", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_compiled_step_is_not_taken_for_a_call_of_the_network(tmp_path, data, model):
     callback = lf.FlatnessCallback(data=data, model=model, layers="*conv2", summary=False)
-    plain, unseen = Classifier(), "torch.compile runs the whole step"
+    plain, unseen = Classifier(), "torch.compile runs the code that calls it"
     if data == "val":
         with pytest.warns(UserWarning, match=unseen):
             graphs = validated(tmp_path, "whole in place", "32-true", callback, strategy=CalledThroughWrapper())
@@ -217,4 +219,43 @@ def test_a_compiled_step_is_not_taken_for_a_call_of_the_network(tmp_path, data, 
         measured = loaders()[0]
     (layer,) = callback.report.layers.values()
     (wanted,) = lf.measure_flatness(plain, measured).layers.values()
+    assert_close(layer.block_traces, wanted.block_traces, rtol=1e-5, atol=1e-8)
+
+
+class CallsCompiledCode(Classifier):
+    """Its steps call the network in a compiled function, or a compiled network that is no submodule."""
+
+    def __init__(self, kind, backend):
+        super().__init__()
+        if kind == "function":
+            self.call = torch.compile(lambda x: self.net(x), backend=backend)
+        else:
+            self.hidden = [torch.compile(self.net, backend=backend)]
+            self.call = lambda x: self.hidden[0](x)
+
+    def forward(self, x):
+        return self.call(x)
+
+    def validation_step(self, batch, batch_idx):
+        self.call(batch[0])
+
+
+@guards("model/call.py", "            count_traced()\n", "", ids=("train-list", "val-list"))
+@pytest.mark.parametrize("kind", ["list", "function"])
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_compiled_code_that_calls_the_network_is_watched_once(tmp_path, data, kind):
+    graphs = {}
+    for watched in (False, True):
+        torch.compiler.reset()
+        backend, callback = Counting(), lf.FlatnessCallback(data=data, layers="*conv2", summary=False)
+        module = CallsCompiledCode(kind, backend)
+        trainer = quiet_trainer(tmp_path, *([callback] if watched else []), max_epochs=3)
+        with pytest.warns(UserWarning, match="torch.compile runs the code that calls it") if watched else nullcontext():
+            trainer.fit(module, *loaders())
+        graphs[watched] = backend.graphs
+    assert 0 < graphs[True] <= graphs[False] + 2
+    (layer,) = callback.report.layers.values()
+    plain = Classifier()
+    plain.load_state_dict({key: value for key, value in module.state_dict().items() if key in plain.state_dict()})
+    (wanted,) = lf.measure_flatness(plain, loaders()[data == "val"], layers="*conv2").layers.values()
     assert_close(layer.block_traces, wanted.block_traces, rtol=1e-5, atol=1e-8)

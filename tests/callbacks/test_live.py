@@ -78,7 +78,7 @@ def test_parts_that_are_not_to_be_observed(tmp_path, told, change, says):
 def test_compiled_by_lightning(tmp_path, told):
     module = torch.compile(Module(networks.Plain()), backend="eager")
     callback = lf.FlatnessCallback()
-    with pytest.warns(UserWarning, match="torch.compile runs the whole step.*batch_fn="):
+    with pytest.warns(UserWarning, match="torch.compile runs the code that calls it.*batch_fn="):
         quiet_trainer(tmp_path, callback).validate(module, loaders(dtype=torch.float64)[1], verbose=False)
     assert callback.report.num_samples == 22
     assert told == []

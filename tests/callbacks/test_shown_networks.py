@@ -205,7 +205,8 @@ class SkipsSome(Classifier):
 UNKNOWN = "cannot see what the network is given"
 
 
-@guards("callbacks/base.py", "if self._network is not None and self._follows_steps:", "if False:", ids="batch")
+@guards("callbacks/shown.py", "if within or", "if", ids="batch")
+@guards("callbacks/base.py", " or self._was_unseen)", ")", ids="epoch")
 @pytest.mark.parametrize("skipped", ["batch", "epoch", "loader"])
 def test_a_step_that_calls_the_network_only_later_is_refused(tmp_path, skipped):
     (train, val), module = loaders(), SkipsSome(skipped)
@@ -214,7 +215,22 @@ def test_a_step_that_calls_the_network_only_later_is_refused(tmp_path, skipped):
         pytest.warns(UserWarning, match=UNKNOWN),
         pytest.raises(lf.FlatnessError, match=r"did not call it before.*batch_fn=.*\(None, None\)"),
     ):
-        fit(tmp_path, flatness_callback(), module=module, data=data, num_sanity_val_steps=0)
+        fit(tmp_path, flatness_callback(), module=module, data=data, num_sanity_val_steps=0, max_epochs=2)
+
+
+@guards(
+    "callbacks/base.py",
+    "before = None if batch_idx == 0 and is_sought(self._network) else self._network",
+    "before = self._network",
+)
+@pytest.mark.parametrize("skipped", ["epoch", "loader"])
+def test_a_later_step_shows_that_the_batches_own_inputs_are_right(tmp_path, skipped):
+    (train, val), module, callback = loaders(), SkipsSome(skipped, lambda batch: batch), flatness_callback()
+    data = train, [val, val] if skipped == "loader" else val
+    with pytest.warns(UserWarning, match=UNKNOWN) as caught:
+        fit(tmp_path, callback, module=module, data=data, num_sanity_val_steps=0, max_epochs=2 - (skipped == "loader"))
+    assert sum(UNKNOWN in str(one.message) for one in caught) == 1
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, val))
 
 
 def test_batch_fn_says_what_a_step_skips(tmp_path):

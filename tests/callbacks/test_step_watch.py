@@ -103,6 +103,20 @@ REFUSED = {
 }
 
 
+class Helped(Classifier):
+    """Holds an object that has a weak reference to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.helper = SimpleNamespace(module=weakref.proxy(self))
+
+
+def test_weak_references_are_no_modules_outside(tmp_path):
+    callback = flatness_callback()
+    fit(tmp_path, callback, module=Helped())
+    assert list(callback.report.layers) == ["net.conv2"]
+
+
 class Scaled(nn.Linear):
     def forward(self, x, scale=1.0):
         return scale * super().forward(x)

@@ -1,12 +1,15 @@
 """Networks whose passes must not be observed, and the reason that is given."""
 
 import torch
+from torch import nn
 
 from lightning_flatness.layers.live import Listener
+from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.recording import Recorder
 from lightning_flatness.layers.trial import why_compiled, why_not_observed
 from lightning_flatness.model.precision import Precision
 from tests.callbacks import live_networks as networks
+from tests.guarding import guards
 
 
 def test_reasons():
@@ -47,3 +50,10 @@ def test_which_module_is_compiled():
     assert compiled(lambda model: setattr(model, "norm", torch.compile(model.norm))) == "module 'norm' is compiled"
     assert compiled(lambda model: model.fc.compile()) == "module 'fc' is compiled"
     assert "Plain" in compiled(lambda model: setattr(model, "_compiler_ctx", {"compiler": "dynamo"}))
+
+
+@guards("layers/trial.py", "context.selection.modules[name] is model", "False")
+def test_a_network_that_is_one_layer():
+    observer = FlatnessObserver(nn.Linear(3, 4).eval(), layers="classifier")
+    reason = observer.why_not_live(torch.randn(5, 3), torch.arange(5) % 4)
+    assert reason == "layer '' is the whole network"

@@ -152,10 +152,15 @@ class Asked:
             )
 
     def _refuse_reordered(self, call: Call, targets: Tensor) -> None:
-        """Raise a :class:`BatchError` if ``call`` gives the network the samples of the batch in another order."""
-        called, own = tensors_of(call), [*self.others, targets]
-        pairs = [(one, other) for one in called for other in self.others if is_reordered(one, other)]
-        if any(not _is_among(one, own) and not _is_among(other, called) for one, other in pairs):
+        """Raise a :class:`BatchError` if ``call`` gives the network the samples of the batch in another order.
+
+        If the network gets any tensor of the batch in its order, the samples have this order.
+        """
+        called = tensors_of(call)
+        dense = [other for other in self.others if other.ndim and not other.is_nested]
+        others = [other for other in dense if targets.ndim and len(other) == len(targets)]
+        pairs = [(one, other) for one in called for other in others if is_reordered(one, other)]
+        if any(not _is_among(one, [*others, targets]) for one, _ in pairs) and not _is_any_among(others, called):
             raise BatchError(
                 "The validation step gives the network the batch's samples in another order, so it is not certain "
                 "which targets belong to them. Give batch_fn=, a function from a batch to (inputs, targets). It may "
@@ -166,6 +171,10 @@ class Asked:
 
 def _is_among(tensor: Tensor, others: Sequence[Tensor]) -> bool:
     return any(equal_inputs(tensor, other) for other in others)
+
+
+def _is_any_among(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return any(_is_among(tensor, others) for tensor in tensors)
 
 
 def _is_empty(batch: Any) -> bool:

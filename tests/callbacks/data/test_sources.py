@@ -240,7 +240,7 @@ ORDERS = {
 
 
 @guards("callbacks.data.sources:Asked._refuse_reordered", returns=None, ids="sorted")
-@guards("callbacks/data/sources.py", "and not _is_among(other, called)", "", ids="pairs")
+@guards("callbacks/data/sources.py", " and not _is_any_among(others, called)", "", ids="pairs")
 @guards("model/rows.py", "all(map(torch.equal, *distinct))", "True", ids="one for all")
 @pytest.mark.parametrize("kind", ORDERS)
 def test_samples_that_a_step_puts_in_another_order_are_refused(kind):
@@ -252,12 +252,34 @@ def test_samples_that_a_step_puts_in_another_order_are_refused(kind):
         assert torch.equal(asked.samples(as_call(given(*batch)))[1], batch[1])
 
 
-@guards("callbacks/data/sources.py", "not _is_among(one, own) and", "")
+@guards("callbacks/data/sources.py", "if targets.ndim and len(other) == len(targets)", "")
+def test_time_is_no_order_of_samples():
+    x, y = torch.randn(5, 8, 3), torch.arange(8) % 3  # (time, samples, features)
+    asked = Wanted("val", None, None).before_step((x, y), Net())
+    assert torch.equal(asked.samples(as_call(x.flip(0)))[1], y)
+
+
+def test_one_number_of_every_sample_may_be_inverted():
+    x, y = dataset(8)[:]
+    flag = torch.arange(8) % 2 == 0  # ~flag has the same rows in another order
+    asked = Wanted("val", None, None).before_step({"image": x, "flag": flag, "label": y}, Net())
+    assert torch.equal(asked.samples(as_call((x, ~flag)))[1], y)
+
+
+@guards("callbacks/data/sources.py", " and not other.is_nested", "")
+def test_nested_tensors_of_a_batch_have_no_order():
+    x, y = dataset(8)[:]
+    boxes = torch.nested.nested_tensor([torch.zeros(n, 4) for n in range(1, 9)])
+    asked = Wanted("val", None, None).before_step({"image": x, "boxes": boxes, "label": y}, Net())
+    assert torch.equal(asked.samples(as_call(x - 0.5))[1], y)
+
+
+@guards("callbacks/data/sources.py", "not _is_among(one, [*others, targets])", "True")
 def test_labels_are_no_reordered_numbers_of_the_batch():
     x, y = dataset(8)[:]
     batch = {"image": x, "label": y, "domain": y.flip(0)}
     asked = Wanted("val", None, None).before_step(batch, Net())
-    assert torch.equal(asked.samples(as_call((x, y)))[1], y)
+    assert torch.equal(asked.samples(as_call((x - 0.5, y)))[1], y)
 
 
 def test_targets_of_batch_fn_may_have_the_order_of_the_step():
