@@ -20,7 +20,7 @@ from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memor
 from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature, certified_diagonal, product
 from lightning_flatness.functional.curvature import MANY_CLASSES, ClassCurvature, DenseCurvature
 from lightning_flatness.functional.graph_walk import differentiable_once, says_no_second_derivative
-from lightning_flatness.functional.loss_calls import Compared, differences
+from lightning_flatness.functional.loss_calls import Compared, compare
 from lightning_flatness.functional.loss_labels import with_hash
 from lightning_flatness.functional.losses import CrossEntropy, Loss, LossDerivatives, NegativeLogLikelihood, outcomes_of
 from lightning_flatness.functional.losses_of_outputs import BinaryCrossEntropy, MeanSquaredError
@@ -278,16 +278,23 @@ class CustomLoss(Loss):
     def _check_calls_agree(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Raise an error if further calls of the function, on all samples or on parts of them, give other losses.
 
-        Calls are compared on the first batch, on one in sixteen, and on batches with more samples than any before.
+        Calls are compared on one batch in sixteen, and on a batch with more samples than any before. They are compared
+        on every batch as long as all samples of each have had the same target.
         """
         compared: Compared = vars(self)["_compared"]
         if compared.suffices(len(logits)):
             object.__setattr__(self, "_compared", compared.again())
             return
-        is_random, is_mixing = differences(self._called_without_graph, losses, logits, targets)
-        if bool(is_random | is_mixing):
-            raise self._random() if bool(is_random) else self._depends_on_others()
-        object.__setattr__(self, "_compared", compared.having(len(logits)))
+        comparison = compare(self._called_without_graph, losses, logits, targets)
+        if comparison.is_random:
+            raise FlatnessError(
+                f"The loss '{self.name}' is random: two calls with the same logits and targets give different losses. "
+                "Switch off its dropout or noise; for a module, call loss.eval()."
+            )
+        if comparison.is_mixing:
+            raise self._depends_on_others()
+        if comparison.targets_differ:
+            object.__setattr__(self, "_compared", compared.having(len(logits)))
 
     def _called_without_graph(self, logits: Tensor, targets: Tensor) -> Any:
         """Call the function with detached logits; autograd records the call only if the function needs that."""
@@ -302,12 +309,6 @@ class CustomLoss(Loss):
             (gradient,) = torch.autograd.grad(losses[mask].sum(), logits, retain_graph=True)
             if bool(gradient[~mask].any()):
                 raise self._depends_on_others()
-
-    def _random(self) -> FlatnessError:
-        return FlatnessError(
-            f"The loss '{self.name}' is random: two calls with the same logits and targets give different losses. "
-            "Switch off its dropout or noise; for a module, call loss.eval()."
-        )
 
     def _depends_on_others(self) -> BatchError:
         return BatchError(

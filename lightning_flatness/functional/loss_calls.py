@@ -15,7 +15,7 @@ COMPARED_EVERY = 16
 
 
 class Compared(NamedTuple):
-    """The batches on which calls of a function have agreed.
+    """The batches on which calls of a function have agreed, and not all targets were the same.
 
     Example:
         >>> compared = Compared().having(8)
@@ -31,7 +31,7 @@ class Compared(NamedTuple):
         return samples <= self.samples and self.batches + 1 < COMPARED_EVERY
 
     def having(self, samples: int) -> Compared:
-        """Return what is known after calls have agreed on a batch of this many samples."""
+        """Return what is known after one more such batch, of this many samples."""
         return Compared(max(samples, self.samples))
 
     def again(self) -> Compared:
@@ -39,25 +39,42 @@ class Compared(NamedTuple):
         return self._replace(batches=self.batches + 1)
 
 
-def differences(
-    call: Callable[[Tensor, Tensor], Any], losses: Tensor, logits: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return whether another call gives other losses than ``losses``, and whether calls on parts of the batch do.
+class Comparison(NamedTuple):
+    """What further calls of a function on one batch have shown."""
 
-    Both are tensors with one entry, on the device of the losses.
-    """
+    is_random: bool  # another call with the same samples gives other losses
+    is_mixing: bool  # calls with some of the samples, or with some of them twice, give other losses
+    targets_differ: bool  # if all targets are the same, the mean of their weights is the weight of every one
+
+
+Call = Callable[[Tensor, Tensor], Any]
+
+
+def compare(call: Call, losses: Tensor, logits: Tensor, targets: Tensor) -> Comparison:
+    """Compare ``losses``, which a call on a batch has returned, with those of further calls."""
     again = _differ(call(logits, targets), losses, logits)
+    if targets.shape[:1] != logits.shape[:1] or not targets.numel():
+        return Comparison(bool(again), is_mixing=False, targets_differ=False)  # there are no targets of single samples
+    order = targets.reshape(len(logits), -1)[:, 0].real.argsort()
+    halves = order.chunk(2)
+    # Every second sample of the lower or the upper targets, so that parts differ in size, classes and counts.
+    parts = [half[start::2] for half in halves for start in range(2) if len(half) > start]
+    # If no two targets are the same, counts differ only where samples are repeated.
+    repeated = [torch.cat([order, halves[0]])]
+    is_mixing = _differ_in(parts, call, losses, logits, targets) | _differ_in(repeated, call, losses, logits, targets)
+    found = [again, is_mixing, (targets != targets[:1]).any().to(again.device)]
+    return Comparison(*torch.stack(found).tolist())  # all together, so that the program waits for a GPU once
+
+
+def _differ_in(parts: list[Tensor], call: Call, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return whether calls on parts of a batch give other losses, as a tensor with one entry."""
     try:
-        # Every second sample of the lower or the upper targets, so that parts differ in size, classes and counts.
-        halves = targets.reshape(len(logits), -1)[:, 0].argsort().chunk(2)
-        parts = [half[start::2] for half in halves for start in range(2) if len(half) > start]
         in_parts = torch.cat([call(logits[part], targets[part]) for part in parts])
-    except Exception as error:
+    except Exception as error:  # the function works only on batches of some sizes: it may hold one weight per sample
         if is_out_of_memory(error):
             raise
-        # The function works only on whole batches of this size, for example because it holds their weights.
-        return again, torch.zeros_like(again)
-    return again, _differ(in_parts, losses[torch.cat(parts)], logits)
+        return torch.zeros((), dtype=torch.bool, device=losses.device)
+    return _differ(in_parts, losses[torch.cat(parts)], logits)
 
 
 def _differ(losses: Tensor, expected: Tensor, logits: Tensor) -> Tensor:

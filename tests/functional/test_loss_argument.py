@@ -47,16 +47,41 @@ OF_BATCH = {
     "frequencies": lambda f, y: of_samples(f, y, weight=1 / torch.bincount(y, minlength=4).to(f).clamp_min(1)),
     "detached": lambda f, y: of_samples(f, y) * f.detach().std(),
     "place": lambda f, y: torch.arange(1.0, 10.0)[: len(y)] * of_samples(f, y),
+    "counts": lambda f, y: of_samples(f, y) / torch.bincount(y, minlength=4)[y],
 }
 
 
-@guards("functional/loss_calls.py", "_differ(in_parts, losses[torch.cat(parts)], logits)", "torch.zeros_like(again)")
+@guards(
+    "functional/loss_calls.py",
+    "return _differ(in_parts, losses[torch.cat(parts)], logits)",
+    "return _differ(losses, losses, logits)",
+)
 @pytest.mark.parametrize("loss", OF_BATCH)
 def test_losses_that_depend_on_the_rest_of_the_batch_are_refused(loss):
     with pytest.raises(
         BatchError, match="on other samples of its batch, or on its place .*number of samples.* class_weight="
     ):
         CustomLoss(OF_BATCH[loss])(torch.randn(7, 4), LABELS)
+
+
+@guards("functional/loss_calls.py", "torch.cat([order, halves[0]])", "order", ids="counts")
+@pytest.mark.parametrize("loss", OF_BATCH)
+def test_targets_that_all_differ_show_that_a_loss_depends_on_the_rest_of_the_batch(loss):
+    with pytest.raises(BatchError, match="on other samples"):
+        CustomLoss(OF_BATCH[loss])(torch.randn(4, 4), torch.arange(4))
+
+
+@guards("functional/loss_argument.py", "if comparison.targets_differ:", "if True:")
+@pytest.mark.parametrize("first", [torch.full((7,), 2), torch.full((7,), 2.0), torch.full((7, 4), 0.5)], ids=str)
+def test_calls_are_compared_until_targets_have_differed(first):
+    def mean_target(f, y):
+        return f.square().sum(1) * y.reshape(len(f), -1).double().mean()
+
+    loss = CustomLoss(mean_target)
+    for _ in range(2):
+        loss(torch.randn(7, 4), first)
+    with pytest.raises(BatchError, match="on other samples"):
+        loss(torch.randn(7, 4), first + torch.arange(7).reshape(-1, *[1] * (first.ndim - 1)))
 
 
 def masked(f, y):
@@ -81,6 +106,15 @@ def test_losses_of_separate_samples_are_taken(loss, scale):
     assert CustomLoss(SEPARATE["ignored"])(logits[:0], LABELS[:0]).num_samples == 0
 
 
+@pytest.mark.parametrize(
+    "targets", [torch.tensor(1), torch.ones(3), torch.ones(7, 0), LABELS + 1j, LABELS > 0], ids=str
+)
+def test_targets_of_any_shape_and_type_are_taken(targets):
+    assert CustomLoss(lambda f, y: f.square().sum(1))(torch.randn(7, 4), targets).residual.shape == (7, 4)
+    with pytest.raises(FlatnessError, match="is random"):
+        CustomLoss(lambda f, y: f.square().sum(1) * random.random())(torch.randn(7, 4), targets)
+
+
 class Counted(nn.Module):
     """Notes its calls: whether autograd records them, and how many samples they have."""
 
@@ -100,7 +134,8 @@ def calls_of(loss, samples=7):
     return list(loss.function.calls)
 
 
-COMPARED, ALONE = [(True, 7), (False, 7), (False, 2), (False, 2), (False, 2), (False, 1)], [(True, 7)]
+ALONE = [(True, 7)]
+COMPARED = [*ALONE, *((False, samples) for samples in (7, 2, 2, 2, 1, 11))]
 
 
 @guards("functional/loss_calls.py", " and self.batches + 1 < COMPARED_EVERY", "")
@@ -112,7 +147,7 @@ def test_calls_are_compared_on_the_first_of_sixteen_batches():
 @guards("functional/loss_calls.py", "samples <= self.samples and ", "")
 def test_calls_are_compared_on_a_batch_with_more_samples_than_before():
     loss = CustomLoss(Counted())
-    assert [len(calls_of(loss, samples)) for samples in (1, 4, 4, 2, 7, 7, 1)] == [3, 6, 1, 1, 6, 1, 1]
+    assert [len(calls_of(loss, samples)) for samples in (4, 4, 2, 7, 7, 1)] == [7, 1, 1, 7, 1, 1]
 
 
 def test_a_loss_is_refused_as_often_as_it_is_called():
