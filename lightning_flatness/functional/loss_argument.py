@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from itertools import combinations, count
 from math import comb
@@ -19,6 +20,7 @@ from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memor
 from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature, certified_diagonal, product
 from lightning_flatness.functional.curvature import MANY_CLASSES, ClassCurvature, DenseCurvature
 from lightning_flatness.functional.graph_walk import differentiable_once, says_no_second_derivative
+from lightning_flatness.functional.loss_calls import Compared, compare
 from lightning_flatness.functional.loss_labels import with_hash
 from lightning_flatness.functional.losses import CrossEntropy, Loss, LossDerivatives, NegativeLogLikelihood, outcomes_of
 from lightning_flatness.functional.losses_of_outputs import BinaryCrossEntropy, MeanSquaredError
@@ -40,7 +42,8 @@ def find_loss(
     options of ``"cross_entropy"``; see :class:`CrossEntropy`.
 
     Args:
-        loss: a name, module or function as above, or a :class:`Loss`, which is returned as it is.
+        loss: a name, module or function as above, or a :class:`Loss`, which is returned (a :class:`CustomLoss` as a
+            copy).
         label_smoothing: label smoothing of cross-entropy.
         class_weight: class weights of cross-entropy, ``(K,)``.
         ignore_index: target value that cross-entropy ignores.
@@ -59,6 +62,8 @@ def find_loss(
             "loss, give loss= a torch module with its own options, e.g. nn.CrossEntropyLoss(label_smoothing=0.1), or "
             "a function from (logits, targets) to the loss of every sample."
         )
+    if isinstance(loss, CustomLoss):
+        return loss.uncompared()
     if isinstance(loss, Loss):
         return loss
     if type(loss) is nn.CrossEntropyLoss:
@@ -126,8 +131,8 @@ class CustomLoss(Loss):
     """A loss written by the user; autograd computes its derivatives.
 
     The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is the mean over
-    samples. The loss of a sample must not depend on other samples, on their number, or on random numbers. The function
-    may be called with float64 logits, and with only a part of a batch.
+    samples. The loss of a sample must not depend on other samples, on its place among them, on their number, or on
+    random numbers. The function may be called with float64 logits, and with only a part of a batch.
 
     The second derivative is stored in the form that takes the least time and memory. If it is a diagonal matrix without
     negative entries (as for the squared error), its ``K`` diagonal entries are stored for every sample. Otherwise, with
@@ -148,6 +153,7 @@ class CustomLoss(Loss):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_label", with_hash(self.name, self.function))
+        object.__setattr__(self, "_compared", Compared())
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -159,6 +165,12 @@ class CustomLoss(Loss):
         """The name, plus a hash of the code, options and initial tensors if other losses may share the name."""
         return str(vars(self)["_label"])
 
+    def uncompared(self) -> CustomLoss:
+        """Return a copy for another measurement, which compares calls of the function by itself."""
+        copied = copy(self)
+        object.__setattr__(copied, "_compared", Compared())
+        return copied
+
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
         """Compute the derivatives of the loss at ``logits`` ``(N, K)``."""
         if targets is None:
@@ -166,7 +178,7 @@ class CustomLoss(Loss):
         with torch.enable_grad(), self._naming_what_has_no_derivative():
             f, losses = self._losses(logits.detach(), targets)
             self._check_shape(losses, len(f))
-            self._check_calls_agree(losses.detach(), f, targets)
+            self._check_calls_agree(losses.detach(), f.detach(), targets)
             ones = torch.ones_like(losses, requires_grad=True)  # so that differentiable_once can find error nodes
             (residual,) = torch.autograd.grad(losses, f, ones, create_graph=True)
             if not bool(residual.isfinite().all()):
@@ -263,34 +275,34 @@ class CustomLoss(Loss):
                 "or it detaches them."
             )
 
-    def _check_calls_agree(self, losses: Tensor, f: Tensor, targets: Tensor) -> None:
-        """Raise an error if further calls of the function, on all samples or on parts of them, give other losses."""
-        if self._differ(self._called(f, targets), losses, f):
+    def _check_calls_agree(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Raise an error if further calls of the function, on all samples or on parts of them, give other losses.
+
+        Calls are compared on one batch in sixteen, and on a batch with more samples than any before. They are compared
+        on every batch as long as all samples of each have had the same target.
+        """
+        compared: Compared = vars(self)["_compared"]
+        if compared.suffices(len(logits)):
+            object.__setattr__(self, "_compared", compared.again())
+            return
+        comparison = compare(self._called_without_graph, losses, logits, targets)
+        if comparison.is_random:
             raise FlatnessError(
                 f"The loss '{self.name}' is random: two calls with the same logits and targets give different losses. "
                 "Switch off its dropout or noise; for a module, call loss.eval()."
             )
-        try:
-            # Every second sample of the lower or the upper targets, so that parts differ in size, classes and counts.
-            halves = targets.reshape(len(f), -1)[:, 0].argsort().chunk(2)
-            parts = [half[start::2] for half in halves for start in range(2) if len(half) > start]
-            in_parts = torch.cat([self._called(f[part], targets[part]) for part in parts])
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return  # the function works only on whole batches of this size, e.g. because it holds their weights
-        if self._differ(in_parts, losses[torch.cat(parts)], f):
+        if comparison.is_mixing:
             raise self._depends_on_others()
+        if comparison.targets_differ:
+            object.__setattr__(self, "_compared", compared.having(len(logits)))
 
-    @staticmethod
-    def _differ(losses: Tensor, expected: Tensor, f: Tensor) -> bool:
-        """Return whether losses differ by more than rounding, which depends on the number of samples in a call."""
-        if losses.shape != expected.shape or not len(f):
-            return False
-        one, other, logits = (tensor.detach().double().nan_to_num() for tensor in (losses, expected, f))
-        eps = torch.finfo(expected.dtype).eps
-        allowed = max(1e-4, 16 * eps) * other.abs().max() + 16 * eps * logits.abs().max()
-        return bool(((one - other).abs() > allowed).any())
+    def _called_without_graph(self, logits: Tensor, targets: Tensor) -> Any:
+        """Call the function with detached logits; autograd records the call only if the function needs that."""
+        try:
+            with torch.no_grad():
+                return self._called(logits, targets)
+        except RuntimeError:  # the function differentiates its logits itself
+            return self._called(logits.detach().requires_grad_(), targets)
 
     def _check_samples_are_separate(self, losses: Tensor, logits: Tensor) -> None:
         for mask in separating_masks(len(logits)).to(logits.device):
@@ -300,10 +312,11 @@ class CustomLoss(Loss):
 
     def _depends_on_others(self) -> BatchError:
         return BatchError(
-            f"The loss '{self.name}' of one sample depends on other samples of the batch, as in a contrastive loss, "
-            "with batch statistics, or in a division by the number of samples or the sum of their weights. Give a loss "
-            "that computes the loss of every sample from the logits and the target of this sample alone. For the "
-            "weighted mean of cross-entropy, give loss='cross_entropy' with class_weight=."
+            f"The loss '{self.name}' of a sample depends on other samples of its batch, or on its place among them, as "
+            "in a contrastive loss, with batch statistics, in a division by the number of samples or the sum of their "
+            "weights, or with one weight for every place. Give a loss that computes the loss of every sample from the "
+            "logits and the target of this sample alone. For the weighted mean of cross-entropy, give "
+            "loss='cross_entropy' with class_weight=."
         )
 
 

@@ -186,13 +186,13 @@ class FlatnessObserver:
         """
 
         def forms(observable: Observable) -> tuple[ClosedForms, Certified]:
-            return self._checked(lambda: self._forms(observable, listener, targets, is_pair))
+            return self._checked(lambda: self._forms(observable, listener, targets, is_pair), observable.device)
 
         return self._observe(forms)
 
     def sums_of(self, forms: ClosedForms) -> dict[str, LayerSums]:
         """Return the :class:`LayerSums` of each layer by name; ``forms`` comes from a method of this class."""
-        with self._options.derivatives(self._model):
+        with self._options.derivatives(self._model, forms.outcomes.device):
             return self._measured(forms)
 
     def _observe(self, work: Callable[[Observable], tuple[Result, Certified]]) -> Result:
@@ -248,16 +248,16 @@ class FlatnessObserver:
             forms, known = self._forms(observable, listener, targets)
             return self._measured(forms), known
 
-        return self._checked(sums)
+        return self._checked(sums, observable.device)
 
-    def _checked(self, work: Callable[[], Result]) -> Result:
+    def _checked(self, work: Callable[[], Result], device: torch.device) -> Result:
         """Call ``work``, evaluate all its checks of tensors together at the end, and return its result.
 
         With checks at the end, the CPU waits for a GPU only once. If a check fails, ``work`` is called again and
         evaluates every check immediately, to find the one that fails. From then on, all batches evaluate checks
         immediately.
         """
-        with self._options.derivatives(self._model):
+        with self._options.derivatives(self._model, device):
             if self._defers_checks:
                 with deferred_checks() as all_hold:
                     try:

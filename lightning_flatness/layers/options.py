@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from lightning_flatness.checks import check_whole, is_number
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.functional.loss_argument import LOSSES
-from lightning_flatness.model.isolation import differentiable, random_states_kept
+from lightning_flatness.functional.loss_argument import LOSSES, CustomLoss
+from lightning_flatness.model.generators import held_by
+from lightning_flatness.model.isolation import differentiable, states_kept
 from lightning_flatness.model.options import MeasuringOptions
 
 # `MEASURES` are computed by default. `ALL_MEASURES` has one more, which is computed only on request.
@@ -87,9 +89,20 @@ class Options(MeasuringOptions):
         """
         return 0.0 if self.strict else self.tolerance
 
+    @property
+    def held_by_loss(self) -> list[Any]:
+        """The objects from which a loss of the user's may draw random numbers; empty for any other loss."""
+        loss = self.loss_function
+        if isinstance(loss, tuple(LOSSES.values())):
+            return []
+        return held_by(loss.function if isinstance(loss, CustomLoss) else loss)
+
     @contextmanager
-    def derivatives(self, model: nn.Module) -> Iterator[None]:
-        """Run a block that computes derivatives of the loss. A loss of the user's does not change random states."""
-        own = not isinstance(self.loss_function, tuple(LOSSES.values()))
-        with differentiable(model), random_states_kept(model) if own else nullcontext():
+    def derivatives(self, model: nn.Module, device: torch.device) -> Iterator[None]:
+        """Run a block that computes derivatives of the loss at logits on ``device``.
+
+        A loss of the user's does not change the random states, nor those of generators that it holds.
+        """
+        held = self.held_by_loss
+        with differentiable(model), states_kept(held, [device]) if held else nullcontext():
             yield

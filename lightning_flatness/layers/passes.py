@@ -23,6 +23,7 @@ from lightning_flatness.layers.selection import Selection, select
 from lightning_flatness.model.answer import Answer, naming_buffers
 from lightning_flatness.model.call import Call, as_call
 from lightning_flatness.model.copy import ModelCopy
+from lightning_flatness.model.generators import generators_kept
 from lightning_flatness.model.isolation import WithoutAutocast, isolated
 from lightning_flatness.model.logits import certify_deterministic, finding_what_is_not_finite, logits_of
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
@@ -121,7 +122,8 @@ class OwnPasses:
             taken = self._tensors.take(inputs, chunk), take(targets, chunk, samples)
             part = Part(*taken, rows, start, as_call(inputs).answer)
             try:
-                with isolated(self._model) as mode, self._finding(part.inputs):
+                held = generators_kept(self._options.held_by_loss)
+                with isolated(self._model) as mode, self._finding(part.inputs), held:
                     if rows < samples or rows == 1:
                         self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
                     certified = self._certified(part, first_batch, mode)

@@ -53,6 +53,11 @@ class Observable:
     half: torch.dtype | None = None  # half-precision dtype of layers, classifier or logits in this pass
     compiled: str = ""  # names a compiled module; if there is one, only passes of our own are observed
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the logits, and so of the loss."""
+        return self.context.selection.logits.device
+
 
 MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Certified]]
 

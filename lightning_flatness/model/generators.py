@@ -1,4 +1,4 @@
-"""Find, restore and seed the random generators that a data set or a model holds in its attributes."""
+"""Find, restore and seed the random generators that a data set, a model or a loss holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import CellType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,6 +58,19 @@ def drawing(batches: Any) -> list[Any]:
     parts = [batches, *(getattr(batches, name, None) for name in names)]
     parts.append(getattr(parts[-1], "__self__", None))  # whose method collate_fn may be
     return parts + [getattr(part, "generator", None) for part in parts]
+
+
+def held_by(function: Any) -> list[Any]:
+    """Return a function, and what it holds and may draw from, for :func:`generators_kept`.
+
+    A function holds its defaults and the variables of enclosing functions that it uses. A method holds its object, and
+    a partial function the arguments that it was given.
+    """
+    cells = getattr(function, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if cell != CellType()]  # the new cell is empty
+    held += [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
+    held += [getattr(function, "args", None), getattr(function, "keywords", None), getattr(function, "func", None)]
+    return [function, getattr(function, "__self__", None), *held]
 
 
 def restoring(generator: Any) -> Callable[[], Any]:

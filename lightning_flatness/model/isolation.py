@@ -7,7 +7,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any
 
@@ -145,17 +145,25 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def random_states_kept(model: nn.Module) -> Iterator[None]:
+def random_states_kept(model: nn.Module) -> AbstractContextManager[None]:
     """On leaving, restore the random states of torch (CPU, accelerators), numpy, Python and the model's generators."""
+    return states_kept(model, accelerators(model))
+
+
+@contextmanager
+def states_kept(owner: Any, devices: Iterable[torch.device]) -> Iterator[None]:
+    """On leaving, restore the random states of torch, numpy, Python and the generators that an object holds.
+
+    Of torch, these are the states of the CPU and of ``devices``.
+    """
     numpy = sys.modules.get("numpy")  # without an imported numpy, user code cannot draw from it
     numpy_state = numpy.random.get_state() if numpy else None
     python_state = random.getstate()
-    devices = accelerators(model)
+    others = [device for device in devices if device.type != "cpu"]
     with ExitStack() as stack:
-        stack.enter_context(generators_kept(model))
-        for device_type in {device.type for device in devices} or {"cuda"}:
-            alike = [device for device in devices if device.type == device_type]
+        stack.enter_context(generators_kept(owner))
+        for device_type in {device.type for device in others} or {"cuda"}:
+            alike = [device for device in others if device.type == device_type]
             stack.enter_context(torch.random.fork_rng(alike, device_type=device_type))
         try:
             yield

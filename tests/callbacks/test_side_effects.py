@@ -211,7 +211,7 @@ class Drawing(Net):
         return super().forward(x) * (1 + 0.1 * drawn * self.training)
 
 
-@guards("model/isolation.py", "stack.enter_context(generators_kept(model))", "pass", ids="val-2")
+@guards("model/isolation.py", "stack.enter_context(generators_kept(owner))", "pass", ids="val-2")
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_network_with_generators_of_its_own(tmp_path, data, sanity):

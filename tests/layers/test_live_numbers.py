@@ -1,7 +1,6 @@
 """Passes of the user that are observed: the same outputs, and the numbers of passes of our own."""
 
 import gc
-import random
 from dataclasses import replace
 
 import pytest
@@ -264,20 +263,6 @@ def test_options(options):
     if "loss" in options:
         y = nn.functional.one_hot(y, 3).double()
     assert assert_observed_as_own(networks.Plain(), x, y, **options) == ""
-
-
-@guards("layers/options.py", "random_states_kept(model) if own else nullcontext()", "nullcontext()")
-def test_a_loss_that_draws_leaves_random_states_alone():
-    def drawing(f, y):
-        torch.rand(1), random.random()
-        return nn.functional.cross_entropy(f, y, reduction="none")
-
-    model, (x, y) = networks.Plain().double().eval(), batch()
-    observer = tried(model, x, y, loss=drawing)
-    before = torch.get_rng_state(), random.getstate()
-    observed(observer, model, x, y)
-    assert_close(torch.get_rng_state(), before[0], rtol=0, atol=0)
-    assert random.getstate() == before[1]
 
 
 @guards("layers.recording:Recorder._quiet", body="return hook")
