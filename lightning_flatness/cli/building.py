@@ -93,7 +93,8 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
     texts = {k: v for k, v in taken.items() if _is_of_a_config(v)}
     defaults = {k: v for k, v in {**(of_config or {}), **texts}.items() if k not in objects}
     note = _note(checkpoint, made, class_path, [name for name in stored if name not in taken])
-    missing = [name for name, is_required in names.items() if is_required and name not in {*taken, *defaults, *given}]
+    required = [name for name, default in names.items() if default is inspect.Parameter.empty]
+    missing = [name for name in required if name not in {*taken, *defaults, *given}]
     if missing:
         raise UsageError(f"--{kind} {class_path}: {_needs(f'{kind}.{name}' for name in missing)} {note}".strip())
     return Built(made_of(made, kind, class_path, defaults, objects, words), class_path, note)
@@ -164,7 +165,7 @@ def made_of(
         words: options such as ``--model.width=64``, which override ``defaults``.
     """
     try:
-        from jsonargparse import ArgumentParser
+        from jsonargparse import ArgumentParser, Namespace
     except ModuleNotFoundError as error:
         raise UsageError("The command line needs jsonargparse: pip install 'jsonargparse[signatures]'") from error
     if not callable(made):
@@ -178,32 +179,43 @@ def made_of(
 
     parser, of_config = (ArgumentParser(exit_on_error=False, allow_abbrev=False) for _ in range(2))
     try:
-        # jsonargparse makes an argument without a default optional if it has no type. So parse without defaults: the
-        # class itself fills in its own, and misses what nobody gives.
         added = add_arguments(parser, set(objects))
         if unknown := [key for key in defaults if key not in added]:
             raise UsageError(f"there is no argument '{unknown[0]}'.")
         add_arguments(of_config, set(objects) | (added - set(defaults)))
-        configured = of_config.parse_object({kind: dict(defaults)}, defaults=False) if defaults else None
-        parsed = parser.parse_args(list(words), namespace=configured, defaults=False)
+
+        def parse(with_defaults: bool) -> Namespace:
+            configured = of_config.parse_object({kind: dict(defaults)}, defaults=False) if defaults else None
+            return parser.parse_args(list(words), namespace=configured, defaults=with_defaults)
+
+        # jsonargparse makes an argument without a default optional if it has no type. So leave out what nobody gives,
+        # unless the signature has a default for it, and parse without defaults what has none.
+        parsed, bare, own = parse(True), parse(False), _parameters(made)[0]
+        has_default = {key for key, default in own.items() if default is not inspect.Parameter.empty}
+        left_out = added - {*defaults, *_of_words(words)} - has_default
+        for key in added - left_out - {key for key in has_default if own[key] is not None}:
+            if f"{kind}.{key}" in bare:
+                parsed[f"{kind}.{key}"] = bare[f"{kind}.{key}"]
+        for key in left_out:
+            parsed.pop(f"{kind}.{key}", None)
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        values = getattr(instantiate(parsed), kind, argparse.Namespace())  # no entry if there are no arguments
-        return made(**vars(values), **objects)
+        values = vars(getattr(instantiate(parsed), kind, argparse.Namespace()))  # no entry if there are no arguments
+        return made(**{key: value for key, value in values.items() if key not in left_out}, **objects)
     except Exception as error:
         raise UsageError(f"--{kind} {name}: {_problem(error, kind)}") from error
 
 
-def _parameters(made: Any) -> tuple[dict[str, bool], bool]:
-    """Return the names of the arguments of a class or function, and whether it takes arguments of any name.
+def _parameters(made: Any) -> tuple[dict[str, Any], bool]:
+    """Return the arguments of a class or function, and whether it takes arguments of any name.
 
-    The first value maps every name to whether the argument is required.
+    The first value maps every name to the default, which is ``inspect.Parameter.empty`` if there is none.
     """
     try:
         parameters = inspect.signature(made).parameters.values()
     except (TypeError, ValueError):
         return {}, True
-    required = {one.name: one.default is one.empty for one in parameters if one.kind in NAMED}
-    return required, any(one.kind is one.VAR_KEYWORD for one in parameters)
+    named = {one.name: one.default for one in parameters if one.kind in NAMED}
+    return named, any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def _of_words(words: Sequence[str]) -> set[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import lazy_instance
 from torch import nn
 
 import lightning_flatness as lf
@@ -116,7 +117,8 @@ REQUIRED = {
 }
 
 
-@guards("cli/building.py", "namespace=configured, defaults=False)", "namespace=configured)")
+@guards("cli/building.py", "added - {*defaults, *_of_words(words)} - has_default", "set()", ids="of a base class")
+@guards("cli/building.py", 'parsed[f"{kind}.{key}"] = bare[f"{kind}.{key}"]', "pass", ids="of an argument")
 @pytest.mark.parametrize(("kind", "words", "message"), REQUIRED.values(), ids=REQUIRED)
 def test_a_required_argument_that_nobody_gives_is_not_filled_in(kind, words, message):
     with pytest.raises(UsageError, match=message):
@@ -140,3 +142,39 @@ GIVEN = {
 @pytest.mark.parametrize(("kind", "words", "init_args", "expected"), GIVEN.values(), ids=GIVEN)
 def test_required_arguments_that_are_given(kind, words, init_args, expected):
     assert built(kind, *words, init_args=init_args).given == expected
+
+
+class Inner(nn.Module):
+    def __init__(self, pool="max", factor=1):
+        super().__init__()
+        self.given = pool, factor
+
+
+class WithDefaults(nn.Module):
+    """Its defaults differ from those of the classes that they belong to."""
+
+    def __init__(
+        self,
+        config: Config = Config("max", 5),  # noqa: B008
+        inner: nn.Module = lazy_instance(Inner, factor=7),  # noqa: B008
+        options: dict = {"a": 1, "b": 2},  # noqa: B006
+    ):
+        super().__init__()
+        self.given = config.pool, config.factor, *inner.given, options["a"], options["b"]
+
+
+@guards("cli/building.py", "parsed, bare, own = parse(True)", "parsed, bare, own = parse(False)", ids="none")
+@guards("cli/building.py", "if own[key] is not None}", "if False}", ids=("of a dataclass", "of an instance"))
+@pytest.mark.parametrize(
+    ("words", "init_args", "expected"),
+    [
+        ([], {}, ("max", 5, "max", 7, 1, 2)),
+        (["--model.config.pool=min"], {}, ("min", 5, "max", 7, 1, 2)),
+        ([], {"config": {"factor": 6}}, ("max", 6, "max", 7, 1, 2)),
+        (["--model.inner.pool=min"], {}, ("max", 5, "min", 7, 1, 2)),
+        (["--model.options.b=3"], {}, ("max", 5, "max", 7, 1, "3")),
+    ],
+    ids=["none", "of a dataclass", "of a config", "of an instance", "of a dict"],
+)
+def test_defaults_of_the_class_stay(words, init_args, expected):
+    assert built(WithDefaults, *words, init_args=init_args).given == expected
