@@ -223,7 +223,7 @@ class FlatnessPenalty(Callback):
             self._sums[key] = self._sums.get(key, 0.0) + samples * value
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start new means of the logged values."""
+        """Reset the sums from which the epoch's averages are logged."""
         self._sums = {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

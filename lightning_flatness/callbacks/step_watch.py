@@ -183,8 +183,8 @@ class StepWatch:
     def is_empty(self) -> bool:
         """Whether no call was recorded.
 
-        If the user names a module, only calls of this module count. Otherwise calls of all submodules with weights
-        count, and calls of other modules that return logits.
+        If the user names a module, only calls of this module count. Otherwise a call counts if it is one of a submodule
+        with weights, or one of any other module whose output is logits.
         """
         return not self._calls and not self._outside
 

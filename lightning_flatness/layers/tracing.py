@@ -151,8 +151,8 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
 def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
     """Return a name for a convolution or linear map that ran outside a layer, and why it cannot be measured.
 
-    The module that owns the kernel gives the name, or else the innermost module that was running. If this is the model
-    itself, the kernel's parameter gives the name, or the name is ``UNNAMED``.
+    The module that owns the kernel gives the name, or else the innermost module that was running. If that module is the
+    model itself, the name is that of the kernel's parameter, or ``UNNAMED`` if there is no such parameter.
     """
     owner, parameter = applied.owner or applied.alias_of or (applied.module, "")
     named = f"Module '{owner}'" if owner else "The model"
@@ -257,7 +257,7 @@ class _Tracing(TorchFunctionMode):
         return result
 
     def _follow(self, function: str, operands: list[Tensor], result: Any) -> None:
-        """Record another call that applies a trained kernel, or a result computed from weights and buffers alone."""
+        """Record the call of a function that is no convolution or ``linear``, if it applies or computes a kernel."""
         owners = {id(one): self._owner_of(one) for one in operands}
         kernels = [one for one in operands if owners[id(one)] is not None]
         others = [one for one in operands if owners[id(one)] is None and id(one) not in self._buffers]

@@ -50,7 +50,7 @@ class WaitingSamples:
 
 
 def channel_sums(calls: Sequence[LayerCall]) -> ChannelSums | None:
-    """Return the mean and squared deviations of each sample's input channels, over all calls of a layer.
+    """Return mean and squared deviations of every input channel of every sample, over the positions of all calls.
 
     Return None if the calls have different numbers of samples or channels.
     """

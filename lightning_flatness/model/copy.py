@@ -192,7 +192,7 @@ def _is_of_inputs(model: nn.Module, call: Call, message: str) -> bool:
 
 
 def _are_cast(types: Collection[torch.dtype], dtype: torch.dtype | None) -> bool:
-    """Return whether parameters of some of these floating-point types are measured in another type."""
+    """Return whether any of these floating-point types of parameters is converted to another one to measure."""
     return any(own in HALF or own != (dtype or own) for own in types)
 
 

@@ -66,8 +66,9 @@ BY_CHANNEL = frozenset([
 def may_mix(end: Tensor) -> bool:
     """Return whether entries of different channels may influence each other on some samples only.
 
-    If all functions are linear, channels that influence each other do so on every sample. Before a nonlinear function,
-    only functions of single channels are safe: a ReLU could mask a sum over channels on all samples seen so far.
+    If all functions are linear, channels that influence each other do so on every sample. Functions before a nonlinear
+    one must act on every channel by itself. A sum over channels before a ReLU may mix them: the ReLU could be zero on
+    all samples seen so far, and the sum would matter on later samples only.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -168,7 +169,8 @@ def _saved_numbers(node: Any, samples: int | None) -> tuple[Any, ...]:
 def _of_one_sample(name: str, value: Any, samples: int) -> Any:
     """Return a value that a node has saved, without the number of samples in it.
 
-    If a shape begins with the number of samples, drop this entry. Divide a number of entries by the number of samples.
+    If a shape begins with the number of samples, drop this entry. If a value is the number of entries of a tensor,
+    divide it by the number of samples.
     """
     if name.endswith("sizes") and isinstance(value, tuple) and value[:1] == (samples,):
         return value[1:]

@@ -132,7 +132,7 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Let the ``with`` block change only copies of the modules' small buffers; then put the buffers back."""
+    """Replace the modules' small buffers by copies in the ``with`` block, and put the originals back after it."""
     tables = [vars(module).get("_buffers", {}) for module in model.modules()]
     before = [dict(table) for table in tables]
     copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers() if buffer.numel() <= MOST_KEPT}

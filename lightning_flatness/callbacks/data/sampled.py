@@ -117,7 +117,8 @@ def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
 def _epochs(loader: Any, sampler: Any, limit: float, number: int) -> list[Tensor]:
     """Draw ``number`` epochs from a copy of a sampler, and return the indices of each epoch.
 
-    Random seeds are fixed. If all epochs have the same order, return only the indices in the first ``limit`` items.
+    Random seeds are fixed. If all epochs are alike, return only the indices in the first ``limit`` items of each. An
+    item of a sampler is an index, or a list of the indices of a batch.
     """
     epochs: list[Tensor] = []
     ends: list[int] = []
