@@ -178,21 +178,24 @@ def made_of(
         return _of_words(parser.add_function_arguments(made, kind, **options))
 
     parser, of_config = (ArgumentParser(exit_on_error=False, allow_abbrev=False) for _ in range(2))
+    own, given = _parameters(made)[0], {*defaults, *_of_words(words)}
+    has_default = {key for key, default in own.items() if default is not inspect.Parameter.empty}
+    # The class fills in its own defaults, but jsonargparse must build those that `lazy_instance` describes.
+    filled_in = {key for key in has_default - given if not hasattr(type(own[key]), "lazy_get_init_args")}
     try:
-        added = add_arguments(parser, set(objects))
+        added = add_arguments(parser, {*objects, *filled_in})
         if unknown := [key for key in defaults if key not in added]:
             raise UsageError(f"there is no argument '{unknown[0]}'.")
-        add_arguments(of_config, set(objects) | (added - set(defaults)))
+        add_arguments(of_config, {*objects, *filled_in, *(added - set(defaults))})
 
         def parse(with_defaults: bool) -> Namespace:
             configured = of_config.parse_object({kind: dict(defaults)}, defaults=False) if defaults else None
             return parser.parse_args(list(words), namespace=configured, defaults=with_defaults)
 
         # jsonargparse makes an argument without a default optional if it has no type. So leave out what nobody gives,
-        # unless the signature has a default for it, and parse without defaults what has none.
-        parsed, bare, own = parse(True), parse(False), _parameters(made)[0]
-        has_default = {key for key, default in own.items() if default is not inspect.Parameter.empty}
-        left_out = added - {*defaults, *_of_words(words)} - has_default
+        # and parse without defaults what has none in the signature.
+        parsed, bare = parse(True), parse(False)
+        left_out = added - given - has_default
         for key in added - left_out - {key for key in has_default if own[key] is not None}:
             if f"{kind}.{key}" in bare:
                 parsed[f"{kind}.{key}"] = bare[f"{kind}.{key}"]
@@ -219,8 +222,8 @@ def _parameters(made: Any) -> tuple[dict[str, Any], bool]:
 
 
 def _of_words(words: Sequence[str]) -> set[str]:
-    """Return the names of the arguments that options like ``--model.width=64`` set."""
-    return {word.partition("=")[0].split(".")[1] for word in words}
+    """Return the names of the arguments that options like ``--model.width=64`` or ``--model.widths+=64`` set."""
+    return {re.split(r"[.+=]", word)[1] for word in words}
 
 
 def _is_of_a_config(value: Any) -> bool:

@@ -117,7 +117,7 @@ REQUIRED = {
 }
 
 
-@guards("cli/building.py", "added - {*defaults, *_of_words(words)} - has_default", "set()", ids="of a base class")
+@guards("cli/building.py", "left_out = added - given - has_default", "left_out = set()", ids="of a base class")
 @guards("cli/building.py", 'parsed[f"{kind}.{key}"] = bare[f"{kind}.{key}"]', "pass", ids="of an argument")
 @pytest.mark.parametrize(("kind", "words", "message"), REQUIRED.values(), ids=REQUIRED)
 def test_a_required_argument_that_nobody_gives_is_not_filled_in(kind, words, message):
@@ -158,23 +158,28 @@ class WithDefaults(nn.Module):
         config: Config = Config("max", 5),  # noqa: B008
         inner: nn.Module = lazy_instance(Inner, factor=7),  # noqa: B008
         options: dict = {"a": 1, "b": 2},  # noqa: B006
+        sizes: list[int] = [1, 2],  # noqa: B006
+        text: str = 3,
     ):
         super().__init__()
-        self.given = config.pool, config.factor, *inner.given, options["a"], options["b"]
+        self.given = config.pool, config.factor, *inner.given, *options.values(), *sizes, text
 
 
-@guards("cli/building.py", "parsed, bare, own = parse(True)", "parsed, bare, own = parse(False)", ids="none")
+@guards("cli/building.py", "parsed, bare = parse(True)", "parsed, bare = parse(False)", ids="of a dataclass")
+@guards("cli/building.py", 'if not hasattr(type(own[key]), "lazy_get_init_args")', "", ids="none")
 @guards("cli/building.py", "if own[key] is not None}", "if False}", ids=("of a dataclass", "of an instance"))
 @pytest.mark.parametrize(
     ("words", "init_args", "expected"),
     [
-        ([], {}, ("max", 5, "max", 7, 1, 2)),
-        (["--model.config.pool=min"], {}, ("min", 5, "max", 7, 1, 2)),
-        ([], {"config": {"factor": 6}}, ("max", 6, "max", 7, 1, 2)),
-        (["--model.inner.pool=min"], {}, ("max", 5, "min", 7, 1, 2)),
-        (["--model.options.b=3"], {}, ("max", 5, "max", 7, 1, "3")),
+        ([], {}, ("max", 5, "max", 7, 1, 2, 1, 2, 3)),
+        (["--model.config.pool=min"], {}, ("min", 5, "max", 7, 1, 2, 1, 2, 3)),
+        ([], {"config": {"factor": 6}}, ("max", 6, "max", 7, 1, 2, 1, 2, 3)),
+        (["--model.inner.pool=min"], {}, ("max", 5, "min", 7, 1, 2, 1, 2, 3)),
+        (["--model.options.b=3"], {}, ("max", 5, "max", 7, 1, "3", 1, 2, 3)),
+        (["--model.sizes+=3"], {}, ("max", 5, "max", 7, 1, 2, 1, 2, 3, 3)),
+        (["--model.sizes+=3"], {"sizes": [7]}, ("max", 5, "max", 7, 1, 2, 7, 3, 3)),
     ],
-    ids=["none", "of a dataclass", "of a config", "of an instance", "of a dict"],
+    ids=["none", "of a dataclass", "of a config", "of an instance", "of a dict", "of a list", "of a list in a config"],
 )
 def test_defaults_of_the_class_stay(words, init_args, expected):
     assert built(WithDefaults, *words, init_args=init_args).given == expected
