@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
@@ -93,8 +94,7 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
     texts = {k: v for k, v in taken.items() if _is_of_a_config(v)}
     defaults = {k: v for k, v in {**(of_config or {}), **texts}.items() if k not in objects}
     note = _note(checkpoint, made, class_path, [name for name in stored if name not in taken])
-    required = [name for name, default in names.items() if default is inspect.Parameter.empty]
-    missing = [name for name in required if name not in {*taken, *defaults, *given}]
+    missing = [name for name, is_required in names.items() if is_required and name not in {*taken, *defaults, *given}]
     if missing:
         raise UsageError(f"--{kind} {class_path}: {_needs(f'{kind}.{name}' for name in missing)} {note}".strip())
     return Built(made_of(made, kind, class_path, defaults, objects, words), class_path, note)
@@ -171,59 +171,65 @@ def made_of(
     if not callable(made):
         raise UsageError(f"--{kind} {name} is a {type(made).__name__}, not a class or function.")
 
-    def add_arguments(parser: ArgumentParser, skip: set[str]) -> set[str]:
+    def parser_without(skip: set[str]) -> tuple[ArgumentParser, set[str]]:
+        parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
         options: dict[str, Any] = {"fail_untyped": False, "skip": skip}
         if inspect.isclass(made):
-            return _of_words(parser.add_class_arguments(made, kind, instantiate=False, **options))
-        return _of_words(parser.add_function_arguments(made, kind, **options))
+            return parser, _of_words(parser.add_class_arguments(made, kind, instantiate=False, **options))
+        return parser, _of_words(parser.add_function_arguments(made, kind, **options))
 
-    parser, of_config = (ArgumentParser(exit_on_error=False, allow_abbrev=False) for _ in range(2))
-    own, given = _parameters(made)[0], {*defaults, *_of_words(words)}
-    has_default = {key for key, default in own.items() if default is not inspect.Parameter.empty}
-    # The class fills in its own defaults, but jsonargparse must build those that `lazy_instance` describes.
-    filled_in = {key for key in has_default - given if not hasattr(type(own[key]), "lazy_get_init_args")}
     try:
-        added = add_arguments(parser, {*objects, *filled_in})
+        parser, added = parser_without(set(objects))
         if unknown := [key for key in defaults if key not in added]:
             raise UsageError(f"there is no argument '{unknown[0]}'.")
-        add_arguments(of_config, {*objects, *filled_in, *(added - set(defaults))})
-
-        def parse(with_defaults: bool) -> Namespace:
-            configured = of_config.parse_object({kind: dict(defaults)}, defaults=False) if defaults else None
-            return parser.parse_args(list(words), namespace=configured, defaults=with_defaults)
-
-        # jsonargparse makes an argument without a default optional if it has no type. So leave out what nobody gives,
-        # and parse without defaults what has none in the signature.
-        parsed, bare = parse(True), parse(False)
-        left_out = added - given - has_default
-        for key in added - left_out - {key for key in has_default if own[key] is not None}:
-            if f"{kind}.{key}" in bare:
-                parsed[f"{kind}.{key}"] = bare[f"{kind}.{key}"]
-        for key in left_out:
-            parsed.pop(f"{kind}.{key}", None)
+        # What nobody gives is left to the class, which fills in its own default or misses the argument. jsonargparse
+        # would fill in None if there is neither default nor type, and would build a dataclass from other defaults.
+        # But it has to build lazy instances, which are Namespaces with a class_path, also as fields of a dataclass.
+        of_words = _of_words(words)
+        own = vars(parser.get_defaults().get(kind, Namespace()))
+        nested = {key: value for key, value in own.items() if isinstance(value, Namespace)}
+        lazy = {key for key, value in nested.items() if "class_path" in ".".join(value.keys()).split(".")}
+        values = {key: value for key, value in own.items() if key in {*defaults, *of_words, *lazy}}
+        parser, _ = parser_without({*objects, *(k for k, v in own.items() if v is not None and k not in values)})
+        # Options may give a part of what the config gives. jsonargparse merges the two if both are options.
+        both = {k: v for k, v in defaults.items() if k in of_words and isinstance(v, (Mapping, list, tuple))}
+        texts = [f"--{kind}.{key}={json.dumps(value, default=_as_text)}" for key, value in both.items()]
+        if of_config := {key: value for key, value in defaults.items() if key not in both}:
+            its_parser, _ = parser_without({*objects, *(added - set(of_config))})
+            its_start = Namespace({kind: Namespace({k: v for k, v in nested.items() if k in of_config})})
+            values |= vars(its_parser.parse_object({kind: of_config}, its_start, defaults=False)[kind])
+        start = Namespace({kind: Namespace(values)})
+        parsed = parser.parse_args([*texts, *words], namespace=start, defaults=False)
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        values = vars(getattr(instantiate(parsed), kind, argparse.Namespace()))  # no entry if there are no arguments
-        return made(**{key: value for key, value in values.items() if key not in left_out}, **objects)
+        arguments = getattr(instantiate(parsed), kind, argparse.Namespace())  # no entry if there are no arguments
+        return made(**vars(arguments), **objects)
     except Exception as error:
         raise UsageError(f"--{kind} {name}: {_problem(error, kind)}") from error
 
 
-def _parameters(made: Any) -> tuple[dict[str, Any], bool]:
-    """Return the arguments of a class or function, and whether it takes arguments of any name.
+def _parameters(made: Any) -> tuple[dict[str, bool], bool]:
+    """Return the names of the arguments of a class or function, and whether it takes arguments of any name.
 
-    The first value maps every name to the default, which is ``inspect.Parameter.empty`` if there is none.
+    The first value maps every name to whether the argument is required.
     """
     try:
         parameters = inspect.signature(made).parameters.values()
     except (TypeError, ValueError):
         return {}, True
-    named = {one.name: one.default for one in parameters if one.kind in NAMED}
-    return named, any(one.kind is one.VAR_KEYWORD for one in parameters)
+    required = {one.name: one.default is one.empty for one in parameters if one.kind in NAMED}
+    return required, any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
-def _of_words(words: Sequence[str]) -> set[str]:
-    """Return the names of the arguments that options like ``--model.width=64`` or ``--model.widths+=64`` set."""
+def _of_words(words: Iterable[str]) -> set[str]:
+    """Return the names of the arguments that options set, like ``--model.width=64`` or ``--model.widths+=64``."""
     return {re.split(r"[.+=]", word)[1] for word in words}
+
+
+def _as_text(value: Any) -> Any:
+    """Return a value that JSON does not know, in the form that it has in a config file."""
+    if isinstance(value, set):
+        return list(value)
+    return value.name if isinstance(value, Enum) else str(value)
 
 
 def _is_of_a_config(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Networks are built as Lightning builds them: with the hyper-parameters of the checkpoint, as they were stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -117,8 +117,7 @@ REQUIRED = {
 }
 
 
-@guards("cli/building.py", "left_out = added - given - has_default", "left_out = set()", ids="of a base class")
-@guards("cli/building.py", 'parsed[f"{kind}.{key}"] = bare[f"{kind}.{key}"]', "pass", ids="of an argument")
+@guards("cli/building.py", "namespace=start, defaults=False)", "namespace=start)")
 @pytest.mark.parametrize(("kind", "words", "message"), REQUIRED.values(), ids=REQUIRED)
 def test_a_required_argument_that_nobody_gives_is_not_filled_in(kind, words, message):
     with pytest.raises(UsageError, match=message):
@@ -144,42 +143,96 @@ def test_required_arguments_that_are_given(kind, words, init_args, expected):
     assert built(kind, *words, init_args=init_args).given == expected
 
 
-class Inner(nn.Module):
-    def __init__(self, pool="max", factor=1):
+@dataclass
+class Outer:
+    inner: Config = field(default_factory=lambda: Config("max"))
+    steps: int | None = 1
+
+
+@dataclass
+class Wider(Outer):
+    width: int = 1
+
+
+class Typed(nn.Module):
+    def __init__(self, pool: str = "avg", factor: int = 1):
         super().__init__()
         self.given = pool, factor
 
 
 class WithDefaults(nn.Module):
-    """Its defaults differ from those of the classes that they belong to."""
-
     def __init__(
         self,
-        config: Config = Config("max", 5),  # noqa: B008
-        inner: nn.Module = lazy_instance(Inner, factor=7),  # noqa: B008
+        outer: Outer = Wider(Config("min", 4), None, 2),  # noqa: B008
+        lazy: nn.Module = lazy_instance(Typed, factor=5),  # noqa: B008
         options: dict = {"a": 1, "b": 2},  # noqa: B006
         sizes: list[int] = [1, 2],  # noqa: B006
+        optional: Config | None = None,
+        or_none: Config | None = Config("min", 4),  # noqa: B008
         text: str = 3,
     ):
         super().__init__()
-        self.given = config.pool, config.factor, *inner.given, *options.values(), *sizes, text
+        self.given = {"outer": outer, "lazy": lazy.given, "options": options, "sizes": sizes, "text": text}
+        self.given |= {"optional": optional, "or_none": or_none}
 
 
-@guards("cli/building.py", "parsed, bare = parse(True)", "parsed, bare = parse(False)", ids="of a dataclass")
-@guards("cli/building.py", 'if not hasattr(type(own[key]), "lazy_get_init_args")', "", ids="none")
-@guards("cli/building.py", "if own[key] is not None}", "if False}", ids=("of a dataclass", "of an instance"))
-@pytest.mark.parametrize(
-    ("words", "init_args", "expected"),
-    [
-        ([], {}, ("max", 5, "max", 7, 1, 2, 1, 2, 3)),
-        (["--model.config.pool=min"], {}, ("min", 5, "max", 7, 1, 2, 1, 2, 3)),
-        ([], {"config": {"factor": 6}}, ("max", 6, "max", 7, 1, 2, 1, 2, 3)),
-        (["--model.inner.pool=min"], {}, ("max", 5, "min", 7, 1, 2, 1, 2, 3)),
-        (["--model.options.b=3"], {}, ("max", 5, "max", 7, 1, "3", 1, 2, 3)),
-        (["--model.sizes+=3"], {}, ("max", 5, "max", 7, 1, 2, 1, 2, 3, 3)),
-        (["--model.sizes+=3"], {"sizes": [7]}, ("max", 5, "max", 7, 1, 2, 7, 3, 3)),
-    ],
-    ids=["none", "of a dataclass", "of a config", "of an instance", "of a dict", "of a list", "of a list in a config"],
+DEFAULTS = {
+    "outer": Wider(Config("min", 4), None, 2),
+    "lazy": ("avg", 5),
+    "options": {"a": 1, "b": 2},
+    "sizes": [1, 2],
+    "optional": None,
+    "or_none": Config("min", 4),
+    "text": 3,
+}
+FACTOR = {"inner": {"factor": 7}}
+LAZY = {"class_path": f"{__name__}.Typed", "init_args": {"pool": "max"}}
+IN_PART = {
+    "nothing": ([], {}, {}),
+    "another argument": ([], {"text": "a"}, {"text": "a"}),
+    "field": (["--model.outer.steps=2"], {}, {"outer": Outer(Config("min", 4), 2)}),
+    "field of a field": (["--model.outer.inner.pool=max"], {}, {"outer": Outer(Config("max", 4), None)}),
+    "field in a config": ([], {"outer": FACTOR}, {"outer": Outer(Config("min", 7), None)}),
+    "field in both": (["--model.outer.steps=2"], {"outer": FACTOR}, {"outer": Outer(Config("min", 7), 2)}),
+    "fields at once": (["--model.outer={steps: 2}"], {"outer": FACTOR}, {"outer": Outer(Config("min", 7), 2)}),
+    "lazy": (["--model.lazy.pool=max"], {}, {"lazy": ("max", 5)}),
+    "lazy in a config": ([], {"lazy": LAZY}, {"lazy": ("max", 5)}),
+    "lazy in both": (["--model.lazy.factor=6"], {"lazy": LAZY}, {"lazy": ("max", 6)}),
+    "key": (["--model.options.a=5"], {}, {"options": {"a": "5", "b": 2}}),
+    "key in both": (["--model.options.a=5"], {"options": {"c": 3}}, {"options": {"a": "5", "c": 3}}),
+    "list": (["--model.sizes+=3"], {}, {"sizes": [1, 2, 3]}),
+    "list in both": (["--model.sizes+=3"], {"sizes": [7]}, {"sizes": [7, 3]}),
+    "optional": (["--model.optional.factor=6"], {}, {"optional": Config("avg", 6)}),
+    "optional in both": (["--model.optional.factor=6"], {"optional": {"pool": "max"}}, {"optional": Config("max", 6)}),
+    "or none": (["--model.or_none.factor=6"], {}, {"or_none": Config("min", 6)}),
+    "or none in both": (["--model.or_none.factor=6"], {"or_none": {"pool": "max"}}, {"or_none": Config("max", 6)}),
+}
+
+
+@guards("cli/building.py", "v is not None and k not in values", "False", ids="nothing")
+@guards("cli/building.py", "*of_words, *lazy}", "*of_words}", ids="nothing")
+@guards("cli/building.py", "namespace=start, defaults=False)", "defaults=False)", ids=["field", "lazy", "key", "list"])
+@guards(
+    "cli/building.py", "its_start, defaults=False)", "defaults=False)", ids=["field in a config", "lazy in a config"]
 )
-def test_defaults_of_the_class_stay(words, init_args, expected):
-    assert built(WithDefaults, *words, init_args=init_args).given == expected
+@guards("cli/building.py", "isinstance(v, (Mapping, list, tuple))", "False", ids=["optional in both", "fields at once"])
+@pytest.mark.parametrize(("words", "init_args", "expected"), IN_PART.values(), ids=IN_PART)
+def test_defaults_stay_where_arguments_are_given_in_part(words, init_args, expected):
+    assert built(WithDefaults, *words, init_args=init_args).given == DEFAULTS | expected
+
+
+class Scaled(project.Images):
+    def __init__(self, scale: Outer = Outer(Config(factor=10))):  # noqa: B008
+        super().__init__()
+        self.factor = scale.inner.factor
+
+    def setup(self, stage):
+        super().setup(stage)
+        self.val = [(self.factor * inputs, label) for inputs, label in self.val]
+
+
+def test_numbers_are_those_of_a_default_in_the_signature(numbers, runs):
+    found = numbers("measure", runs / "small.ckpt", "--model", "tests.cli.project.Net", "--data", f"{__name__}.Scaled")
+    network = project.Net.load_from_checkpoint(runs / "small.ckpt")
+    batches = [(10 * inputs, labels) for inputs, labels in images()]
+    assert found["hessian_trace"] == pytest.approx(lf.measure_flatness(network, batches).hessian_trace, rel=1e-9)
