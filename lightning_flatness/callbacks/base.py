@@ -234,7 +234,8 @@ class MeasuringCallback(Callback):
 
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
         self._stop_watching()  # an earlier step may have raised an error
-        self._asked = self._wanted.before_step(batch, pl_module, copies=not self._follows_steps or self._was_unseen)
+        is_late = self._was_unseen and is_sought(self._network)  # a call in this step is then compared with the batch
+        self._asked = self._wanted.before_step(batch, pl_module, copies=not self._follows_steps or is_late)
         if is_sought(self._network) and is_watchable(pl_module):
             step = "training" if pl_module.trainer.training else "validation"
             self._watch = StepWatch(pl_module, named_network(pl_module, self.model), step)

@@ -312,10 +312,10 @@ class CustomLoss(Loss):
 
     def _depends_on_others(self) -> BatchError:
         return BatchError(
-            f"The loss '{self.name}' of a sample depends on other samples of its batch, or on its place among them, as "
-            "in a contrastive loss, with batch statistics, in a division by the number of samples or the sum of their "
-            "weights, or with one weight for every place. Give a loss that computes the loss of every sample from the "
-            "logits and the target of this sample alone. For the weighted mean of cross-entropy, give "
+            f"The loss '{self.name}' of a sample depends on other samples of its batch, or on its place among them. "
+            "Examples are a contrastive loss, batch statistics, one weight for every place, and a division by the "
+            "number of samples or the sum of their weights. Give a loss that computes the loss of every sample from "
+            "the logits and the target of this sample alone. For the weighted mean of cross-entropy, give "
             "loss='cross_entropy' with class_weight=."
         )
 

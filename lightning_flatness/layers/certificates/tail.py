@@ -114,8 +114,8 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
     tail, operations = known.value, operations_of(head.features, samples=len(node))
     if operations is None:
         raise NotClosedFormError(
-            "after this layer there is a custom operation, or a nonlinear function that follows indexing or a "
-            "reduction. In half precision, it cannot be certified that such operations do not mix channels"
+            "after this layer there is a custom operation, an operation such as indexing, or a nonlinear function "
+            "after a reduction. In half precision, it cannot be certified that these do not mix channels"
         )
     if known.fingerprint not in (None, operations):
         raise NotClosedFormError("the operations after this layer differ from those on the first samples")
