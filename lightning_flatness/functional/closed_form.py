@@ -34,9 +34,9 @@ from lightning_flatness.functional.weighting import (
 # Largest number of entries that the factors of one chunk of samples may have. On devices that are not listed, it is
 # ELEMENTS_ELSEWHERE.
 FACTOR_ELEMENTS = {"cpu": 2**24}
-# Largest number of samples in a chunk. It is limited because sums within a chunk have the dtype of the factors, which
-# may be less precise than float64.
-MOST_SAMPLES = 64
+# Largest number of samples in a chunk on the devices that are listed. There, sums within a chunk have the dtype of the
+# factors, which may be less precise than float64.
+MOST_SAMPLES = {"cpu": 64}
 
 
 def closed_form_block_traces(
@@ -87,9 +87,10 @@ def closed_form_block_traces(
         >>> closed_form_block_traces(x, geometry, slopes, V, ClassCurvature(pi, pi)).shape
         torch.Size([1, 4, 4])
     """
-    return closed_form_contraction(
+    total = closed_form_contraction(
         inputs, geometry, slopes, head, curvature, None, tolerance, diagonal, chunk_size
     ).total
+    return total if diagonal else mirror_(total)
 
 
 def closed_form_contraction(
@@ -105,6 +106,7 @@ def closed_form_contraction(
 ) -> Contraction:
     """Compute the block traces of :func:`closed_form_block_traces` and, with a ``weighting``, each sample's measures.
 
+    Of the matrices of block traces, only the upper triangles are computed. Other entries may be wrong.
     With a ``tolerance``, some terms are left out. Normalised relative flatness then changes by at most
     ``Contraction.left_out`` times the spectral norm of ``weighting.normalized``.
     """
@@ -120,16 +122,16 @@ def closed_form_contraction(
         patch_elements = groups * positions * (positions if use_gram else patch_length)
         budget = FACTOR_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
         chunk_size = max(1, budget // (filters * (head.shape[0] + 2 * positions) + patch_elements))
-        chunk_size = min(chunk_size, MOST_SAMPLES)
+        chunk_size = min(chunk_size, MOST_SAMPLES.get(inputs.device.type, chunk_size))
 
     head = curvature.centred(head)
     on_diagonal = torch.zeros(by_group, dtype=torch.float64, device=inputs.device)
     values, left_out = no_values(samples, inputs.device), on_diagonal.new_zeros(())
     totals = Totals(on_diagonal.new_zeros(*by_group, 0 if diagonal else by_group[1]))
-    matrices = Matrices(*((None, None) if weighting is None else (weighting.gram, weighting.normalized)))
+    matrices = Matrices(None, None) if weighting is None else weighting.matrices
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
-        features = _features(inputs[chunk], slopes[chunk], geometry, use_gram)
+        features, other = _features(inputs[chunk], slopes[chunk], geometry, use_gram, None if diagonal else weighting)
         scales = None  # the diagonal of aΓaᵀ
         if diagonal or tolerance > 0 or weighting is not None:
             scales = (features[0] * features[1]).sum(3)
@@ -143,12 +145,6 @@ def closed_form_contraction(
             by_filter = head.unflatten(1, by_group).permute(1, 2, 0)  # (G, s, K)
             matrices = replace(matrices, head_gram=by_filter @ by_filter.mT)
             totals = replace(totals, of_floor=torch.zeros_like(totals.products))
-        other = None
-        if weighting is not None and weighting.normalized is not None:
-            if use_gram:
-                other = _features(weighting.scaled(inputs[chunk]), slopes[chunk], geometry, use_gram)
-            else:
-                other = (weighting.scaled_patches(features[0]),) * 2
         factors = Factors(features, other, *_columns(projected, by_group, features[0]))
         of_samples = add_products(totals, factors, matrices)
         rest = None
@@ -176,18 +172,29 @@ def closed_form_contraction(
     total.diagonal(dim1=1, dim2=2).add_(on_diagonal)
     if totals.of_floor is not None and matrices.head_gram is not None:
         total += matrices.head_gram * totals.of_floor
-    return Contraction(mirror_(total), values, left_out)
+    return Contraction(total, values, left_out)
 
 
-def _features(inputs: Tensor, slopes: Tensor, geometry: ConvolutionGeometry, use_gram: bool) -> Pair:
+def _features(
+    inputs: Tensor, slopes: Tensor, geometry: ConvolutionGeometry, use_gram: bool, weighting: Weighting | None
+) -> tuple[Pair, Pair | None]:
     """Return a pair ``(left, right)`` with ``left rightᵀ = a Γ aᵀ`` for every sample.
 
     With ``use_gram``, ``left`` is ``a Γ`` and ``right`` is ``a``; otherwise both are ``sum_p a[s, p] phi[p]``.
     Here ``a`` are the ``slopes``, and ``Γ`` is the patch Gram matrix.
+
+    If the ``weighting`` has the matrix for normalised relative flatness, return the same pair for the scaled inputs,
+    too.
     """
-    if use_gram:
-        return slopes @ patch_gram(inputs, geometry), slopes
-    return (slopes @ patches(inputs, geometry).mT,) * 2  # (N, G, s, D)
+    is_normalized = weighting is not None and weighting.normalized is not None
+    if not use_gram:
+        sums = slopes @ patches(inputs, geometry).mT  # (N, G, s, D)
+        scaled = weighting.scaled_patches(sums) if weighting is not None and is_normalized else None
+        return (sums, sums), None if scaled is None else (scaled, scaled)
+    if weighting is None or not is_normalized:
+        return (slopes @ patch_gram(inputs, geometry), slopes), None
+    gram, scaled_gram = patch_gram(torch.cat([inputs, weighting.scaled(inputs)]), geometry).chunk(2)
+    return (slopes @ gram, slopes), (slopes @ scaled_gram, slopes)
 
 
 def _columns(

@@ -164,7 +164,7 @@ def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size:
         target, source = [slice(None)] * gram.dim(), [slice(None)] * gram.dim()
         for i in axes:
             target[i], source[i] = slice(first, first + count), slice(start, start + stride * (count - 1) + 1, stride)
-        total[tuple(target)] += gram[tuple(source)]
+        total[tuple(target)].add_(gram[tuple(source)])  # unlike `+=`, it does not write the view back
     return total
 
 

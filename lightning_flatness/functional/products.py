@@ -7,23 +7,30 @@ in strips. A strip is a block of rows, from the diagonal to the right (``symmetr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import repeat
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_flatness.functional.symmetric import strip_rows
 
-# Largest number of entries of the matrix products that are computed together. On a CPU the products should fit into the
-# cache. On other devices large products are faster.
-PRODUCT_ELEMENTS = {"cpu": 2**19}
+# Largest number of entries of the matrix products that are computed together. On a CPU, two such products should fit
+# into the cache. Other devices are fast with few large products.
+PRODUCT_ELEMENTS = {"cpu": 2**20}
 ELEMENTS_ELSEWHERE = 2**26
+# Largest number of strips. With few strips, fewer operations are launched, and more is computed twice.
+MOST_STRIPS = {"cpu": 16}
+STRIPS_ELSEWHERE = 4
 # Up to this number of pairs (column, position) of a sample, one matrix product over all pairs is fastest. In features
 # of the shape (N, G, s, D), the entries of a filter take the place of positions.
 FEW = 24
 
 Pair = tuple[Tensor, Tensor]
+Strip = tuple[slice, slice]  # the rows, and the columns from the diagonal to the right
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,19 @@ class Factors:
         return self.columns[0].shape[3] * self.features[0].shape[3] <= FEW and self.floor is None
 
 
+class _Weights(NamedTuple):
+    """One strip of each Gram matrix, flattened.
+
+    In ``gram_floor`` and ``normalized_floor``, the strip is multiplied elementwise by ``VᵀV``. A field is None if it is
+    not needed.
+    """
+
+    gram: Tensor | None
+    normalized: Tensor | None
+    gram_floor: Tensor | None
+    normalized_floor: Tensor | None
+
+
 @dataclass(frozen=True)
 class Matrices:
     """Matrices of one layer, each ``(G, s, s)`` or None; :class:`Weighting` defines ``gram`` and ``normalized``."""
@@ -60,6 +80,27 @@ class Matrices:
     gram: Tensor | None
     normalized: Tensor | None
     head_gram: Tensor | None = None  # VᵀV
+    _strips: dict[tuple[int, int, torch.dtype], _Weights] = field(init=False, repr=False, default_factory=dict)
+
+    def strip(self, rows: slice, rest: slice, like: Tensor) -> _Weights:
+        """Cut out one strip in the dtype of ``like``; double the entries whose mirror images are in no strip.
+
+        The strip is cut at the first call, and kept for later batches.
+        """
+
+        def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
+            if gram is None:
+                return None
+            strip = gram[:, rows, rest].clone()
+            strip[:, :, rows.stop - rows.start :] *= 2
+            return (strip if factor is None else strip * factor[:, rows, rest]).flatten().to(like)
+
+        key = rows.start, rows.stop, like.dtype
+        if key not in self._strips:
+            grams, head_gram = (self.gram, self.normalized), self.head_gram
+            of_floor = (None, None) if head_gram is None else (strip_of(gram, head_gram) for gram in grams)
+            self._strips[key] = _Weights(*map(strip_of, grams), *of_floor)
+        return self._strips[key]
 
 
 @dataclass(frozen=True)
@@ -79,111 +120,122 @@ def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor
     ``matrices.normalized``. If one of the two fields of ``matrices`` is None, its column is zero.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
-    values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
+    device = features[0].device.type
+    cut = list(strips(per_group, MOST_STRIPS.get(device, STRIPS_ELSEWHERE)))
     if factors.are_few:
-        for rows, rest in strips(per_group):
+        for rows, rest in cut:
             totals.products[:, rows, rest] += _all_pairs(factors, rows) @ _all_pairs(factors, rest, right=True).mT
+        values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
         for index, (gram, pair) in enumerate(((matrices.gram, features), (matrices.normalized, factors.normalized))):
             if gram is not None and pair is not None:
                 values[:, index] = _quadratic_forms(gram, pair, factors.columns)
         return values
-    elements = features[0].shape[1] * strip_rows(per_group) * per_group
-    at_once = max(1, PRODUCT_ELEMENTS.get(values.device.type, ELEMENTS_ELSEWHERE) // elements)
-    size = min(at_once, len(values)) * elements
-    likes = (features[0], factors.columns[0], features[0])
-    buffers = [None if torch.is_grad_enabled() else like.new_empty(size) for like in likes]
-    for rows, rest in strips(per_group):
-        weights = _Weights.of(matrices, rows, rest, features[0])
-        for first in range(0, len(values), at_once):
-            some = slice(first, first + at_once)
-            values[some] += _add_some(totals, factors, weights, (rows, rest), some, buffers)
-    return values
+    elements = features[0].shape[1] * cut[0][0].stop * per_group
+    at_once = max(1, PRODUCT_ELEMENTS.get(device, ELEMENTS_ELSEWHERE) // elements)
+    size = min(at_once, len(features[0])) * elements
+    buffers = [None if torch.is_grad_enabled() else features[0].new_empty(size) for _ in range(2)]
+    of_strips = [_add_strip(totals, factors, matrices, strip, at_once, buffers) for strip in cut]
+    return torch.stack(of_strips).sum(0, dtype=torch.float64)
 
 
-def _add_some(
-    totals: Totals,
-    factors: Factors,
-    weights: _Weights,
-    strip: tuple[slice, slice],
-    some: slice,
-    buffers: Sequence[Tensor | None],
+class _Part(NamedTuple):
+    """The factors of one strip for some samples. ``P`` and ``C`` are as in :class:`Factors`."""
+
+    features: Pair  # (n, G, rows, P) and (n, G, P, rest)
+    columns: Pair  # (n, G, rows, C) and (n, G, C, rest)
+    normalized: Pair | None  # (n, G, rows, P) and (n, G, rest, P)
+    floor: Tensor | None  # (n,)
+
+
+class _Sums(NamedTuple):
+    """What some samples add to one strip of each total, and to the result of :func:`add_products`."""
+
+    products: Tensor  # (G * rows * rest,)
+    of_floor: Tensor | None  # the same shape
+    values: Tensor  # (n, 2)
+
+
+def _add_strip(
+    totals: Totals, factors: Factors, matrices: Matrices, strip: Strip, at_once: int, buffers: Sequence[Tensor | None]
 ) -> Tensor:
-    """Add one strip to ``totals``, summed over the ``n`` samples in the slice ``some``.
+    """Add one strip to ``totals``, and return what it contributes to the result of :func:`add_products`, ``(N, 2)``.
 
-    Return what the strip contributes to the result of :func:`add_products`, ``(n, 2)``.
+    The products of ``at_once`` samples are computed together.
     """
-    features = _product(factors.features, some, strip, buffers[0])
-    products = _product(factors.columns, some, strip, buffers[1], max(factors.counts[some]))
-    floor = None if factors.floor is None else factors.floor[some]
-    values = torch.zeros(len(products), 2, dtype=torch.float64, device=products.device)
-    if weights.normalized is not None and factors.normalized is not None:
+    weights = matrices.strip(*strip, like=factors.features[0])
+    of_parts = [_sums(part, weights, buffers) for part in _parts(factors, strip, at_once)]
+    view = totals.products[:, strip[0], strip[1]]
+    view += reduce(torch.add, [part.products for part in of_parts]).view_as(view)
+    of_floor = [part.of_floor for part in of_parts if part.of_floor is not None]
+    if of_floor and totals.of_floor is not None:
+        totals.of_floor[:, strip[0], strip[1]] += reduce(torch.add, of_floor).view_as(view)
+    return torch.cat([part.values for part in of_parts])
+
+
+def _parts(factors: Factors, strip: Strip, at_once: int) -> Iterator[_Part]:
+    """Yield the factors of one strip for ``at_once`` samples after the other."""
+
+    def cut(pair: Pair) -> Iterator[tuple[Tensor, ...]]:
+        sides = zip(pair, strip, strict=True)
+        return zip(*(side[:, :, where].split(at_once) for side, where in sides), strict=True)
+
+    normalized = repeat(None) if factors.normalized is None else cut(factors.normalized)
+    floors = repeat(None) if factors.floor is None else factors.floor.split(at_once)
+    starts = range(0, len(factors.features[0]), at_once)
+    for start, (left, right), (column, other), pair, floor in zip(
+        starts, cut(factors.features), cut(factors.columns), normalized, floors, strict=False
+    ):
+        most = max(factors.counts[start : start + at_once])
+        yield _Part((left, right.mT), (column[..., :most], other[..., :most].mT), pair, floor)
+
+
+def _sums(part: _Part, weights: _Weights, buffers: Sequence[Tensor | None]) -> _Sums:
+    """Compute the products of some samples, and sum them.
+
+    Results are written to the ``buffers``. Where a buffer is None, new memory is used, which autograd needs.
+    """
+    products, floor = _product(*part.columns, buffers[0]), part.floor
+    shape, relative = products.shape[1:], products.new_zeros(len(products))
+    normalized = relative
+    if weights.normalized is not None and part.normalized is not None:
         # Only a sum over pairs of filters is needed, so the product of the normalised features is not computed.
-        one, other = (factors.normalized[side][some, :, strip[side]] for side in (0, 1))
-        weighted = _elementwise(products, weights.normalized.view(products.shape[1:]), buffers[2])
-        values[:, 1] += ((weighted @ other) * one).flatten(1).sum(1)
+        one, other = part.normalized
+        weighted = _elementwise(products, weights.normalized.view(shape), buffers[1])
+        normalized = ((weighted @ other) * one).flatten(1).sum(1)
         if floor is not None and weights.normalized_floor is not None:
-            on_floor = weights.normalized_floor.view(products.shape[1:]) @ other
-            values[:, 1] += floor * (on_floor * one).flatten(1).sum(1)
+            on_floor = weights.normalized_floor.view(shape) @ other
+            normalized = normalized + floor * (on_floor * one).flatten(1).sum(1)
+    features = _product(*part.features, buffers[1])
     products *= features
-    totals.products[:, strip[0], strip[1]] += products.sum(0)
+    flat, of_floor = products.flatten(1), None
     if weights.gram is not None:
-        values[:, 0] += products.flatten(1) @ weights.gram
-    if floor is not None and totals.of_floor is not None:
-        totals.of_floor[:, strip[0], strip[1]] += (floor @ features.flatten(1)).view_as(features[0])
+        relative = flat @ weights.gram
+    if floor is not None:
+        of_floor = floor @ features.flatten(1)
         if weights.gram_floor is not None:
-            values[:, 0] += floor * (features.flatten(1) @ weights.gram_floor)
-    return values
+            relative = relative + floor * (features.flatten(1) @ weights.gram_floor)
+    return _Sums(_sum(flat), of_floor, torch.stack([relative, normalized], dim=1))
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """One strip of each Gram matrix, flattened.
-
-    In ``gram_floor`` and ``normalized_floor``, the strip is multiplied elementwise by ``VᵀV``. A field is None if it is
-    not needed.
-    """
-
-    gram: Tensor | None
-    normalized: Tensor | None
-    gram_floor: Tensor | None
-    normalized_floor: Tensor | None
-
-    @classmethod
-    def of(cls, matrices: Matrices, rows: slice, rest: slice, like: Tensor) -> _Weights:
-        """Cut out one strip in the dtype of ``like``; double the entries whose mirror images are in no strip."""
-
-        def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
-            if gram is None:
-                return None
-            strip = gram[:, rows, rest].clone()
-            strip[:, :, rows.stop - rows.start :] *= 2
-            return (strip if factor is None else strip * factor[:, rows, rest]).flatten().to(like)
-
-        grams, head_gram = (matrices.gram, matrices.normalized), matrices.head_gram
-        of_floor = (None, None) if head_gram is None else (strip_of(gram, head_gram) for gram in grams)
-        return cls(*map(strip_of, grams), *of_floor)
+def _sum(rows: Tensor) -> Tensor:
+    """Sum the products of all samples, ``(n, E)``, over the samples."""
+    if rows.device.type in PRODUCT_ELEMENTS:
+        return rows.new_ones(len(rows)) @ rows  # on a CPU, this is twice as fast as `sum`
+    return rows.sum(0, dtype=torch.float64)
 
 
-def strips(filters: int) -> Iterator[tuple[slice, slice]]:
+def strips(filters: int, most: int) -> Iterator[Strip]:
     """Yield for every strip the slice of its rows and the slice of its columns, from the diagonal to the right."""
-    size = strip_rows(filters)
+    size = strip_rows(filters, most)
     for row in range(0, filters, size):
         yield slice(row, row + size), slice(row, None)
 
 
-def _product(
-    pair: Pair, some: slice, strip: tuple[slice, slice], buffer: Tensor | None, most: int | None = None
-) -> Tensor:
-    """Compute one strip of ``one @ otherᵀ``, where ``pair`` is ``(one, other)``, for the samples ``some``.
-
-    Only the first ``most`` columns of the pair are used. The result is written to ``buffer``. If ``buffer`` is None,
-    new memory is used, which autograd needs.
-    """
-    one, other = pair[0][some, :, strip[0], :most], pair[1][some, :, strip[1], :most]
+def _product(one: Tensor, other: Tensor, buffer: Tensor | None) -> Tensor:
     if buffer is None:
-        return one @ other.mT
-    shape = (*one.shape[:3], other.shape[2])
-    return torch.matmul(one, other.mT, out=buffer[: prod(shape)].view(shape))
+        return one @ other
+    shape = (*one.shape[:3], other.shape[3])
+    return torch.matmul(one, other, out=buffer[: prod(shape)].view(shape))
 
 
 def _elementwise(products: Tensor, weights: Tensor, buffer: Tensor | None) -> Tensor:

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Computations take strips of this many rows, or of a sixteenth of the rows, whichever is larger.
-STRIP = 64
-# Stored strips have this many rows, or a thirty-second of the rows, whichever is larger.
+# In computations, strips have at least so many rows.
+STRIP = 128
+# Stored strips have this many rows, or a sixteenth of the rows, whichever is larger.
 KEPT_STRIP = 16
 
 
-def strip_rows(rows: int) -> int:
-    """Return how many rows a strip has in computations on a matrix with ``rows`` rows."""
-    return min(rows, max(STRIP, rows // 16))
+def strip_rows(rows: int, most: int = 16) -> int:
+    """Return how many rows a strip has in computations on a matrix with ``rows`` rows, cut into ``most`` strips or less."""
+    return min(rows, max(STRIP, -(-rows // most)))
 
 
 def kept_rows(rows: int) -> int:
     """Return how many rows a stored strip has, for a matrix with ``rows`` rows."""
-    return min(rows, max(KEPT_STRIP, rows // 32))
+    return min(rows, max(KEPT_STRIP, -(-rows // 16)))
 
 
 def mirror_(upper: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.functional.measures import weight_gram
+from lightning_flatness.functional.products import Matrices
 
 # The measures that a :class:`Contraction` has for every sample, in this order.
 SAMPLE_MEASURES = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "channelwise_flatness")
@@ -62,6 +63,11 @@ class Weighting:
         """An upper bound of the spectral norms of :attr:`normalized`; None if there is no such matrix."""
         return None if self.normalized is None else spectral_bound(self.normalized.double())
 
+    @cached_property
+    def matrices(self) -> Matrices:
+        """The matrices :attr:`gram` and :attr:`normalized`, in the form that :func:`add_products` takes."""
+        return Matrices(self.gram, self.normalized)
+
     @property
     def inverse(self) -> Tensor:
         """``1 / σ``, ``(C,)``; 0 for a channel that is left out."""
@@ -91,7 +97,7 @@ def spectral_bound(gram: Tensor) -> Tensor:
 class Contraction(NamedTuple):
     """Block traces summed over samples, and the measures of every sample."""
 
-    total: Tensor  # (G, S/G, S/G), or (G, S/G), float64
+    total: Tensor  # (G, S/G, S/G), of which only the upper triangle counts, or (G, S/G); float64
     samples: Tensor  # float64 (N, 4), with the columns SAMPLE_MEASURES; NaN if not measured
     left_out: Tensor  # scalar: trace of the terms that a tolerance removed from normalised relative flatness
 
