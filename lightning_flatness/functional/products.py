@@ -175,9 +175,9 @@ def _add_strip(
 def _parts(factors: Factors, strip: Strip, at_once: int) -> Iterator[_Part]:
     """Yield the factors of one strip for ``at_once`` samples after the other."""
 
-    def cut(pair: Pair) -> Iterator[tuple[Tensor, ...]]:
-        sides = zip(pair, strip, strict=True)
-        return zip(*(side[:, :, where].split(at_once) for side, where in sides), strict=True)
+    def cut(pair: Pair) -> Iterator[Pair]:
+        (one, other), (rows, rest) = pair, strip
+        return zip(one[:, :, rows].split(at_once), other[:, :, rest].split(at_once), strict=True)
 
     normalized = repeat(None) if factors.normalized is None else cut(factors.normalized)
     floors = repeat(None) if factors.floor is None else factors.floor.split(at_once)

@@ -18,7 +18,7 @@ KEPT_STRIP = 16
 
 
 def strip_rows(rows: int, most: int = 16) -> int:
-    """Return how many rows a strip has in computations on a matrix with ``rows`` rows, cut into ``most`` strips or less."""
+    """Return how many rows a strip has, in computations that cut ``rows`` rows into at most ``most`` strips."""
     return min(rows, max(STRIP, -(-rows // most)))
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import hessian
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatness.functional import (
     BinaryCrossEntropy,
@@ -152,55 +151,6 @@ def test_how_much_is_made_at_a_time_does_not_change_the_result(given, strip, str
             again = given.traces()
     assert_traces_close(actual, definition(given))
     assert_traces_close(again, definition(given))
-
-
-def as_on_another_device(monkeypatch):
-    """Let the closed form work as on a device that is not a CPU."""
-    for module, names in (
-        (products, ("PRODUCT_ELEMENTS", "MOST_STRIPS")),
-        (MODULE, ("FACTOR_ELEMENTS", "MOST_SAMPLES")),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, {})
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_it_is_the_same_on_a_device_that_is_not_a_cpu(monkeypatch, groups):
-    given = random_arguments(samples=70, groups=groups, per_group=5)
-    expected = given.traces()
-    as_on_another_device(monkeypatch)
-    assert_traces_close(given.traces(), expected)
-
-
-@guards("functional/products.py", "return rows.sum(0, dtype=torch.float64)", "return rows.sum(0)")
-def test_a_device_that_is_not_a_cpu_sums_many_samples_in_float64(monkeypatch):
-    as_on_another_device(monkeypatch)
-    rows = torch.tensor([[1.0], [2.0**-30]])
-    assert float(products._sum(rows)) == 1 + 2.0**-30
-
-
-@guards("functional/closed_form.py", "min(chunk_size, MOST_SAMPLES.get(inputs.device.type, chunk_size))", "64")
-def test_a_device_that_is_not_a_cpu_gets_no_more_operations_for_more_samples(monkeypatch):
-    as_on_another_device(monkeypatch)
-    numbers = []
-    for samples in (64, 256):
-        given = random_arguments(samples=samples, per_group=150, size=2).without_curvatures()
-        with Launched() as launched, torch.no_grad():
-            given.traces()
-        numbers.append(launched.number)
-    assert numbers[0] == numbers[1]
-
-
-class Launched(TorchDispatchMode):
-    """Counts the operations that are dispatched."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += 1
-        return func(*args, **(kwargs or {}))
 
 
 @guards("functional/products.py", "None if torch.is_grad_enabled() else", "")
