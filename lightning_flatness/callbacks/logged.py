@@ -15,6 +15,7 @@ from lightning_flatness.callbacks.labels import numbers_of
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, is_lightning_module
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.model.copy import measuring_device
+from lightning_flatness.model.modules import every_module
 
 LOGGING = ("log", "log_dict")
 
@@ -140,7 +141,7 @@ def logging_muted(pl_module: LightningModule) -> Iterator[None]:
     Otherwise a ``forward`` that logs would log values of the measured samples, or raise an error where Lightning
     forbids logging.
     """
-    modules = [vars(module) for module in pl_module.modules() if is_lightning_module(module)]
+    modules = [vars(module) for module in every_module(pl_module) if is_lightning_module(module)]
     own = [{name: attributes[name] for name in LOGGING if name in attributes} for attributes in modules]
     for attributes in modules:
         attributes.update(dict.fromkeys(LOGGING, lambda *arguments, **options: None))

@@ -221,7 +221,8 @@ class CrossEntropy(Loss):
             if weight is not None:
                 of_samples = weight[indices] if kept is None else weight[indices] * kept
                 normalizer = float(of_samples.sum())
-        q = (1 - self.label_smoothing) * q + self.label_smoothing / classes
+        if self.label_smoothing:
+            q = (1 - self.label_smoothing) * q + self.label_smoothing / classes
         if weight is not None:
             q = q * weight
         if kept is not None:

@@ -68,7 +68,7 @@ class Weighting:
         """The matrices :attr:`gram` and :attr:`normalized`, in the form that :func:`add_products` takes."""
         return Matrices(self.gram, self.normalized)
 
-    @property
+    @cached_property
     def inverse(self) -> Tensor:
         """``1 / σ``, ``(C,)``; 0 for a channel that is left out."""
         assert self.deviations is not None

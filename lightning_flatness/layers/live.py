@@ -18,6 +18,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.layers.recording import Pass, Recorder
 from lightning_flatness.model.answer import Answer, weights_sample
 from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, map_tensors, only_heard_by, same_inputs
+from lightning_flatness.model.modules import every_module
 from lightning_flatness.model.precision import Precision, current_precision
 
 
@@ -191,8 +192,8 @@ class Listener:
 
 def is_observed(model: nn.Module) -> bool:
     """Return whether an active listener observes the model, or another model that shares a module with this one."""
-    modules = set(model.modules())
-    return any(not modules.isdisjoint(listener._model.modules()) for listener in Listener._active)
+    modules = set(every_module(model)) if Listener._active else set()
+    return any(not modules.isdisjoint(every_module(listener._model)) for listener in Listener._active)
 
 
 KEEPS_TENSORS = "the network keeps tensors of the pass (features, in an attribute or a list)"
@@ -206,4 +207,4 @@ class _Token:
 
 def _state(model: nn.Module) -> list[Any]:
     """Return the training modes and the numbers of hooks of all modules."""
-    return [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    return [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in every_module(model)]

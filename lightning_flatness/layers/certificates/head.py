@@ -124,6 +124,8 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
             f"the model returns {logits.shape[1]} logits, but this last linear layer returns {output.shape[1]} values. "
             "The layer is not the classifier, so the closed form does not hold."
         )
+    if logits.data_ptr() == output.data_ptr() and logits.stride() == output.stride() and logits.dtype == output.dtype:
+        return logits.new_zeros((), dtype=torch.float64)  # the same tensor
     # Each difference is divided by the size of its own logit. Relative to the largest logit, the change of a small
     # logit could look like rounding.
     difference, scale = logits.double() - output, torch.maximum(logits.abs(), output.abs()).double()
