@@ -34,6 +34,10 @@ from lightning_flatness.model.rows import num_rows
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
 
 
+# The number of samples on which layers are certified before a measurement.
+MOST_CERTIFIED = 16
+
+
 class Measurement:
     """One measurement in progress: an observer of the model, and the sums over samples for every layer.
 
@@ -181,12 +185,12 @@ class Measurement:
             self._add(some.measure(), some.positions)
 
     def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
-        """Certify the layers: check their numbers against autograd on a batch, without adding the batch.
+        """Certify the layers: check their numbers against autograd on the first samples of a batch, without adding them.
 
         ``live`` says that forward passes of the user's code shall be observed. If ``live`` and the model runs in half
         precision, also find out whether these passes can be observed.
         """
-        self.observer.sums(inputs, targets)
+        self.observer.sums(inputs, targets, rows=slice(0, MOST_CERTIFIED))
         if live and runs_in_half(self._model, as_call(inputs).precision):
             with untouched(self._model), torch.no_grad():  # training may have begun, and must not see this pass
                 self.observer.why_not_live(inputs, targets)

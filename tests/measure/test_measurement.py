@@ -24,6 +24,14 @@ def data():
     return torch.randn(10, 2, 6, 6).double(), torch.arange(10) % 4
 
 
+@guards("measure/measurement.py", ", rows=slice(0, MOST_CERTIFIED)", "")
+def test_layers_are_certified_on_few_samples_of_a_large_batch():
+    net, sizes = small_network(), []
+    net[0].register_forward_hook(lambda module, arguments, output: sizes.append(len(output)))
+    Measurement(net).certify(torch.randn(500, 2, 6, 6).double(), torch.arange(500) % 4, live=False)
+    assert 2 <= max(sizes) <= 16
+
+
 def test_measurements_on_two_ranks_report_the_whole(monkeypatch):
     net, x, y = small_network(), *data()
     whole = lf.measure_flatness(net, [(x, y)])
