@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from lightning_flatness.checks import as_number, check_class_weight, check_whole
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
+from lightning_flatness.functional.autocast import WithoutAutocast
 from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature, certified_diagonal, product
 from lightning_flatness.functional.curvature import MANY_CLASSES, ClassCurvature, DenseCurvature
 from lightning_flatness.functional.graph_walk import differentiable_once, says_no_second_derivative
@@ -229,18 +230,21 @@ class CustomLoss(Loss):
         return losses.double().sum()
 
     def _called(self, logits: Tensor, targets: Tensor) -> Any:
-        """Call the function with a copy of the targets.
+        """Call the function without autocast, with a copy of the targets.
 
         A module is called with copies of its tensors. Copies of floating-point tensors have the dtype of the logits.
         """
+        targets = targets.clone()
         if not isinstance(self.function, nn.Module):
-            return self.function(logits, targets.clone())
+            with WithoutAutocast():
+                return self.function(logits, targets)
         named = {**dict(self.function.named_parameters()), **dict(self.function.named_buffers())}
         copies = {
             name: tensor.detach().to(logits.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             for name, tensor in named.items()
         }
-        return functional_call(self.function, copies, (logits, targets.clone()))
+        with WithoutAutocast():
+            return functional_call(self.function, copies, (logits, targets))
 
     def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
         """Return a copy of the logits that requires a gradient, and the losses of all samples at this copy.

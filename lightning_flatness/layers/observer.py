@@ -105,16 +105,13 @@ class FlatnessObserver:
     def waiting(
         self, inputs: Any, targets: Tensor | None = None, rows: slice = slice(None), advance: Advance | None = None
     ) -> list[WaitingSamples]:
-        """Run and certify the samples ``rows`` of a batch in parts; return the data to measure each part later.
+        """Run the samples ``rows`` of a batch in parts; return the data to measure each part later.
 
         A part has as many samples as fit in memory. It can be measured when the standard deviations of the input
         channels are known. Then pass :attr:`WaitingSamples.forms` to :meth:`sums_of`. If ``forms`` is None, call
         :meth:`sums`, which runs the samples once more.
         """
-        passes = self._own(
-            inputs, targets, lambda certified, known, _: WaitingSamples.of(certified, known), advance, rows
-        )
-        return list(passes)
+        return list(WaitingSamples.run(self._own, inputs, targets, rows, advance))
 
     def normalize(self, deviations: Mapping[str, Tensor]) -> None:
         """Set the standard deviations ``(C,)`` of each layer's input channels for all later batches."""

@@ -24,7 +24,7 @@ from lightning_flatness.model.answer import Answer, naming_buffers
 from lightning_flatness.model.call import Call, as_call
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.generators import generators_kept
-from lightning_flatness.model.isolation import WithoutAutocast, isolated
+from lightning_flatness.model.isolation import isolated
 from lightning_flatness.model.logits import certify_deterministic, finding_what_is_not_finite, logits_of
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
@@ -108,7 +108,45 @@ class OwnPasses:
         fraction of the batch that is done. If a part has too many samples, or memory runs out, the part is repeated
         with fewer samples.
         """
-        first_batch, samples = not self.known.layers, num_rows(inputs, targets)
+        first_batch = not self.known.layers
+
+        def run(part: Part, tell: Advance) -> Result:
+            return work(self._certified(part, first_batch), self.known, tell)
+
+        return self._in_parts(inputs, targets, run, advance, chosen)
+
+    def recorded(
+        self,
+        inputs: Any,
+        targets: Tensor | None,
+        work: Callable[[Pass, int], Result],
+        chosen: slice,
+        first_batch: bool,
+    ) -> Iterator[Result]:
+        """Like calling this object, but without certificates. ``work`` gets a recorded pass, and its number of samples.
+
+        In the first batch, the logits are compared with those of a pass on the whole batch. Requires: a pass was
+        certified, because this has selected the layers.
+        """
+
+        def run(part: Part, tell: Advance) -> Result:
+            recorded = self._recorded(part.inputs)
+            if first_batch:
+                self._certify_same(part, recorded.logits)
+            return work(recorded, part.rows)
+
+        return self._in_parts(inputs, targets, run, None, chosen)
+
+    def _in_parts(
+        self,
+        inputs: Any,
+        targets: Tensor | None,
+        run: Callable[[Part, Advance], Result],
+        advance: Advance | None,
+        chosen: slice,
+    ) -> Iterator[Result]:
+        """Call ``run`` with parts of a batch that fit in memory, and yield the results; see :meth:`__call__`."""
+        samples = num_rows(inputs, targets)
         start, end, _ = chosen.indices(samples)
         self._tensors = self._tensors.narrowed(inputs, samples)
         while start < end:
@@ -123,11 +161,10 @@ class OwnPasses:
             part = Part(*taken, rows, start, as_call(inputs).answer)
             try:
                 held = generators_kept(self._options.held_by_loss)
-                with isolated(self._model) as mode, self._finding(part.inputs), held:
+                with isolated(self._model), self._finding(part.inputs), held:
                     if rows < samples or rows == 1:
                         self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
-                    certified = self._certified(part, first_batch, mode)
-                    result = work(certified, self.known, tell)
+                    result = run(part, tell)
             except _TooManySamplesError:
                 continue
             except RuntimeError as error:
@@ -190,8 +227,8 @@ class OwnPasses:
                 raise _TooManySamplesError
         return self._selection
 
-    def _certified(self, part: Part, first_batch: bool, mode: WithoutAutocast) -> CertifiedPass:
-        """Run the model on a part of a batch, and certify the forward pass; ``mode`` comes from :func:`isolated`."""
+    def _certified(self, part: Part, first_batch: bool) -> CertifiedPass:
+        """Run the model on a part of a batch, and certify the forward pass."""
         first, is_new = not self.known.layers, self._selection is None
         selection, rows, start, targets = self._selected(part), part.rows, part.start, part.targets
         if first and not is_new:
@@ -205,12 +242,11 @@ class OwnPasses:
         if rows == 1:
             loss = loss.halved()
         certify_rows(logits, rows)
-        whole = selection.logits
-        if first_batch and start + rows <= len(whole):  # `whole` has fewer samples than the batch if memory ran out
-            certify_deterministic(whole[start : start + rows], logits[:rows].detach())
+        if first_batch:
+            self._certify_same(part, logits)
         if part.answer is not None:
             with naming_buffers(lambda: self._changing_buffers(part.inputs)):
-                part.answer.certify_logits(logits[:rows].detach(), start, in_half=mode.was_needed)
+                part.answer.certify_logits(logits[:rows].detach(), start, in_half=self._copy.enables_autocast)
         if first:
             self.release()  # certificate 4 makes another copy; two would take too much memory
         no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
@@ -219,6 +255,13 @@ class OwnPasses:
         modules = selection.modules  # `certify` may have left out some of these
         self._selection = replace(selection, modules={name: modules[name] for name in self.known.layers})
         return certified
+
+    def _certify_same(self, part: Part, logits: Tensor) -> None:
+        """Certify that the logits of a part are those that a pass on the whole of the first batch has given."""
+        assert self._selection is not None
+        whole, end = self._selection.logits, part.start + part.rows
+        if end <= len(whole):  # `whole` has fewer samples than the batch if memory ran out
+            certify_deterministic(whole[part.start : end], logits[: part.rows].detach())
 
     def _changing_buffers(self, inputs: Any) -> list[str]:
         """Return the names of the buffers that every call of the model changes, if the logits depend on them."""

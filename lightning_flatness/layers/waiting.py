@@ -5,16 +5,21 @@ Normalised relative flatness divides every input channel by its standard deviati
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_flatness.functional.channels import ChannelSums
 from lightning_flatness.layers.certified import Certified, CertifiedPass
 from lightning_flatness.layers.closed_form import ClosedForms
-from lightning_flatness.layers.recording import LayerCall
+from lightning_flatness.layers.gauss_newton import Advance
+from lightning_flatness.layers.passes import OwnPasses
+from lightning_flatness.layers.recording import LayerCall, Pass
 from lightning_flatness.layers.sums import outcomes_of_pass
+from lightning_flatness.model.rows import num_rows
 
 
 @dataclass(frozen=True)
@@ -26,18 +31,42 @@ class WaitingSamples:
     which is not kept. So if a layer needs backward passes, ``forms`` is None, and the samples must run once more.
     """
 
+    num_samples: int
     channels: Mapping[str, ChannelSums]  # sums of a layer's input channels for every sample, keyed by layer name
     forms: ClosedForms | None
 
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified) -> WaitingSamples:
         """Collect the data from a certified pass. ``known`` has the certificates so far."""
-        if not certified.need_backward:
-            forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
-            return cls(forms.channels(), forms)
-        rows = slice(1 if certified.loss.is_pair else len(certified.recorded.logits))
-        sums = {name: channel_sums(calls) for name, calls in certified.calls.items()}
-        return cls({name: of_layer[rows] for name, of_layer in sums.items() if of_layer is not None}, None)
+        if certified.need_backward:
+            return cls.recorded(certified.recorded, 1 if certified.loss.is_pair else len(certified.recorded.logits))
+        forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
+        return cls(forms.num_samples, forms.channels(), forms)
+
+    @classmethod
+    def recorded(cls, recorded: Pass, samples: int) -> WaitingSamples:
+        """Collect the channel sums of the first ``samples`` samples from a pass that need not be certified."""
+        sums = {name: channel_sums(calls) for name, calls in recorded.calls.items()}
+        of_layers = {name: of_layer[slice(samples)] for name, of_layer in sums.items() if of_layer is not None}
+        return cls(samples, of_layers, None)
+
+    @classmethod
+    def run(
+        cls, passes: OwnPasses, inputs: Any, targets: Tensor | None, rows: slice, advance: Advance | None
+    ) -> Iterator[WaitingSamples]:
+        """Run the samples ``rows`` of a batch in parts that fit in memory, and yield the data of each part.
+
+        When a layer needs backward passes, all samples will run and be certified once more. So later parts are not
+        certified here.
+        """
+        first_batch = not passes.known.layers
+        start, end, _ = rows.indices(num_rows(inputs, targets))
+        for part in passes(inputs, targets, lambda certified, known, _: cls.of(certified, known), advance, rows):
+            yield part
+            start += part.num_samples
+            if part.forms is None:
+                yield from passes.recorded(inputs, targets, cls.recorded, slice(start, end), first_batch)
+                return
 
     @classmethod
     def joined(cls, parts: Sequence[WaitingSamples]) -> dict[str, ChannelSums]:

@@ -33,7 +33,6 @@ from lightning_flatness.model.precision import runs_in_half
 from lightning_flatness.model.rows import num_rows
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
 
-
 # The number of samples on which layers are certified before a measurement.
 MOST_CERTIFIED = 16
 
@@ -185,7 +184,7 @@ class Measurement:
             self._add(some.measure(), some.positions)
 
     def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
-        """Certify the layers: check their numbers against autograd on the first samples of a batch, without adding them.
+        """Certify the layers: check their numbers against autograd on a few samples of a batch, without adding them.
 
         ``live`` says that forward passes of the user's code shall be observed. If ``live`` and the model runs in half
         precision, also find out whether these passes can be observed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
+from lightning_flatness.functional.autocast import WithoutAutocast
 from lightning_flatness.model.call import Call, as_call, map_tensors, tensors_of
 from lightning_flatness.model.logits import differ, logits_of
 from lightning_flatness.model.names import plain_name
@@ -25,8 +27,8 @@ class ModelCopy:
 
     No gradient can reach the user's parameters. A forward that writes to parameters, buffers or inputs writes to their
     copies. A call also runs the forward hooks of the user's model. Use a ``ModelCopy`` within :func:`isolated`. The
-    copies have the dtype that :func:`measured` gives them. With ``as_it_runs``, the copies have the dtype of the
-    originals, even if that is half precision.
+    copies have the dtype that :func:`measured` gives them. Autocast is disabled even where the forward enables it. With
+    ``as_it_runs``, the copies have the dtype of the originals, even if that is half precision, and autocast stays.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, as_it_runs: bool = False) -> None:
@@ -36,6 +38,7 @@ class ModelCopy:
                 "the original module that it was made of."
             )
         self._model, self._dtype, self._as_it_runs = model, dtype, as_it_runs
+        self._full_precision = WithoutAutocast()
         self._copies: dict[int, Tensor] = {}
         self._slots: dict[str, int] = {}
         self._buffers: set[int] = set()
@@ -58,6 +61,11 @@ class ModelCopy:
     def copy_of(self, tensor: Tensor) -> Tensor:
         """Return the copy of one of the model's parameters or buffers."""
         return self._copies[id(tensor)]
+
+    @property
+    def enables_autocast(self) -> bool:
+        """Whether the forward has enabled autocast itself, in any call so far."""
+        return self._full_precision.was_needed
 
     def __call__(
         self,
@@ -102,7 +110,10 @@ class ModelCopy:
         # Tied tensors are handled above, not by tie_weights. If a module has two names, functional_call with
         # tie_weights would replace its tensors twice, and not put the original ones back.
         try:
-            output = functional_call(self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False)
+            with nullcontext() if self._as_it_runs else self._full_precision:
+                output = functional_call(
+                    self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False
+                )
         except (TypeError, ValueError, RuntimeError, *LOOKUP_ERRORS) as error:
             reason = _why_it_fails(self._model, call, error, self._dtype)
             if reason:

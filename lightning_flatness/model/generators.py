@@ -22,6 +22,8 @@ DEEPEST = 8
 # Types whose objects hold no generator.
 PLAIN = frozenset([bool, int, float, str, bytes, type(None), Tensor, nn.Parameter])
 MAPPINGS = frozenset([dict, OrderedDict])
+# Attributes of a module with its parameters, buffers and submodules, which are found in other ways.
+REGISTERED = frozenset(["_parameters", "_buffers", "_modules"])
 # Packages whose objects are not searched, except modules (``nn.Module``) and data sets.
 OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 
@@ -115,7 +117,7 @@ def _parts(part: Any) -> list[Any]:
         return list(part.values() if isinstance(part, dict) else part) if len(part) <= MOST_PARTS else []
     if isinstance(part, nn.Module):
         modules = list(part.modules()) if not isinstance(part, torch.jit.ScriptModule) else []
-        return [value for module in modules for value in vars(module).values()]
+        return [value for module in modules for name, value in vars(module).items() if name not in REGISTERED]
     if isinstance(part, (type, ModuleType, Tensor)):
         return []
     root = type(part).__module__.partition(".")[0]

@@ -6,7 +6,7 @@ import math
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import FlatnessError, LayerSelectionError
@@ -55,17 +54,14 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[WithoutAutocast]:
+def isolated(model: nn.Module) -> Iterator[None]:
     """Run a block in evaluation mode, in full precision and with gradients enabled, and restore everything.
 
-    Yields a :class:`WithoutAutocast`, whose ``was_needed`` says whether the forward has enabled autocast itself.
-
     If the model itself is in evaluation mode already, its submodules keep the modes that the user has set. Inside the
-    block, inference mode, backward hooks and autocast are disabled. Autocast is disabled even where the model's forward
-    enables it. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor
-    bfloat16. On leaving, also after an error, the attributes of every module and the random states of torch (CPU and
-    the model's accelerators), numpy and Python are restored. So are the entries of lists and dictionaries that are
-    attributes. What the forward changes inside other objects is not restored.
+    block, inference mode, backward hooks and autocast are disabled. Parts under ``torch.compile`` run uncompiled, and
+    float32 products use neither TF32 nor bfloat16. On leaving, also after an error, the attributes of every module and
+    the random states of torch (CPU and the model's accelerators), numpy and Python are restored. So are the entries of
+    lists and dictionaries that are attributes. What the forward changes inside other objects is not restored.
     """
     for name, module in model.named_modules():
         refuse_sharded(name, module)
@@ -83,9 +79,8 @@ def isolated(model: nn.Module) -> Iterator[WithoutAutocast]:
         stack.enter_context(differentiable(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # other attention kernels have no second derivative
         stack.enter_context(untouched(model))
-        mode = stack.enter_context(WithoutAutocast({"cpu"} | {device.type for device in accelerators(model)}))
         try:
-            yield mode
+            yield
         except RuntimeError as error:
             if not isinstance(error, CheckpointError) and "Checkpointing is not compatible" not in str(error):
                 raise
@@ -93,28 +88,6 @@ def isolated(model: nn.Module) -> Iterator[WithoutAutocast]:
                 "The model's forward uses gradient checkpointing in evaluation mode, which cannot be observed. Switch "
                 "it off in evaluation mode: checkpoint only `if self.training`."
             ) from error
-
-
-class WithoutAutocast(TorchFunctionMode):
-    """A mode in which operations run without autocast, even where the model's forward enables autocast.
-
-    ``was_needed`` says whether an operation has run where autocast was enabled.
-    """
-
-    def __init__(self, device_types: Iterable[str]) -> None:
-        super().__init__()
-        self.was_needed = False
-        self._device_types = tuple(device_types)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        with ExitStack() as stack:
-            for device_type in self._device_types:
-                if torch.is_autocast_enabled(device_type):
-                    self.was_needed = True
-                    stack.enter_context(torch.autocast(device_type, enabled=False))
-            return func(*args, **(kwargs or {}))
 
 
 @contextmanager

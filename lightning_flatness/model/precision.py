@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from lightning_flatness.functional.autocast import device_types
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -34,7 +35,7 @@ class Precision(NamedTuple):
         """Run a block in this precision."""
         wanted, before = dict(self.autocast), torch.get_default_dtype()
         with ExitStack() as stack:
-            for kind in _device_types():
+            for kind in device_types():
                 stack.enter_context(torch.autocast(kind, wanted.get(kind), enabled=kind in wanted))
             stack.callback(torch.set_default_dtype, before)
             torch.set_default_dtype(self.default)
@@ -43,19 +44,13 @@ class Precision(NamedTuple):
 
 def current_precision() -> Precision:
     """Return the precision that a call would have if it were made now."""
-    autocast = ((kind, torch.get_autocast_dtype(kind)) for kind in _device_types() if torch.is_autocast_enabled(kind))
+    autocast = ((kind, torch.get_autocast_dtype(kind)) for kind in device_types() if torch.is_autocast_enabled(kind))
     return Precision(tuple(autocast), torch.get_default_dtype())
 
 
 def runs_in_half(model: nn.Module, precision: Precision | None) -> bool:
     """Return whether a model may run in half precision, because of autocast or of half-precision parameters."""
     return bool(precision and precision.autocast) or any(p.dtype in HALF for p in model.parameters())
-
-
-@cache
-def _device_types() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -118,6 +118,7 @@ class Pooled(nn.Module):
 
 
 @guards("layers/passes.py", "if first and not is_new:", "if False:")
+@guards("layers/passes.py", "self._certify_same(part, recorded.logits)", "pass", ids="place in the batch-2")
 @pytest.mark.parametrize("rows", [2, 3])
 @pytest.mark.parametrize(
     "change",

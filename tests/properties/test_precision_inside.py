@@ -39,7 +39,7 @@ MEASURE = {
 
 
 @guards(
-    "model.isolation:WithoutAutocast.__torch_function__",
+    "functional.autocast:WithoutAutocast.__torch_function__",
     body="return func(*args, **(kwargs or {}))",
     ids="None-flatness-Autocast",
 )
