@@ -58,7 +58,7 @@ class Setup:
 
 
 SETUPS = (
-    Setup("resnet18", validated=78, trained=32, goals=(1.11, 1.05, 1.05), has_memory=True),
+    Setup("resnet18", validated=157, trained=32, goals=(1.11, 1.05, 1.05), has_memory=True),
     Setup("resnet18", HALF, validated=24, goals=(1.23, None, None)),
     Setup("resnet18", compiled=True, validated=24, goals=(2.48, None, None)),
     Setup("resnet18", HALF, compiled=True, validated=24, goals=(2.83, None, None)),
