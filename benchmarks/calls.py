@@ -15,16 +15,21 @@ of counts are made:
 - Calls of torch's functions from Python.
 
 The counting checks, by the callback's log messages, that the callback still observes the forward passes.
+
+Another table has the operations of one observed batch of a ResNet-18 with the sizes of products that are used on a GPU.
+Views are left out, because a GPU does nothing for them.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning_utilities.core import rank_zero
@@ -32,10 +37,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_flatness as lf
-from benchmarks.networks import resnet20
+from benchmarks.networks import images, resnet18, resnet20
+from benchmarks.observed import forward, observed
 from benchmarks.training import Classifier, loader_of, trainer_of
 
 MORE, FEW = 12, 6
+# The sizes that products have on a CPU. Without them, the sizes are those of other devices.
+PRODUCTS, CLOSED_FORM = (f"lightning_flatness.functional.{name}" for name in ("products", "closed_form"))
+SIZES = (
+    (PRODUCTS, "PRODUCT_ELEMENTS"),
+    (PRODUCTS, "MOST_STRIPS"),
+    (CLOSED_FORM, "FACTOR_ELEMENTS"),
+    (CLOSED_FORM, "MOST_SAMPLES"),
+)
+VIEWS = {
+    f"aten::{name}"
+    for name in (
+        *("alias", "as_strided", "detach", "diagonal", "expand", "permute", "select", "slice", "split", "squeeze"),
+        *("t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view", "new_empty", "empty"),
+        *("empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "unfold", "_local_scalar_dense"),
+    )
+}
 SYNCHRONISATIONS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
 Counts = Counter[str]
 
@@ -119,6 +141,20 @@ def of_a_batch(count: Callable[[], Any]) -> tuple[Counts, Counts]:
     return Counter({name: number for name, number in added.items() if number}), Counter(without)
 
 
+def launched(samples: int) -> int:
+    """Count the operations that an observed batch of a ResNet-18 would run on a GPU, without those of the network."""
+    net, batch = resnet18(), images(samples)
+    with ExitStack() as stack:
+        for module, name in SIZES:
+            stack.enter_context(patch.dict(vars(importlib.import_module(module))[name], clear=True))
+        step, plain = observed(net, batch), Dispatched()
+        with Dispatched() as counter:
+            step()
+        with plain:
+            forward(net, batch[0])
+    return sum(number - plain.counts[name] for name, number in counter.counts.items() if name not in VIEWS)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -137,6 +173,9 @@ def main() -> None:
             print(f"| of these {name} | {without[name]:g} | {added[name]:g} |")
         details.append(f"{what}: " + ", ".join(f"{name} {number:g}" for name, number in added.most_common(25)))
     print(*details, sep="\n")
+    print("| images in a batch | operations added on a GPU, without views |\n|--:|--:|")
+    for samples in (64, 256):
+        print(f"| {samples} | {launched(samples)} |")
 
 
 if __name__ == "__main__":
