@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -21,6 +21,8 @@ def device_types() -> tuple[str, ...]:
 class WithoutAutocast(TorchFunctionMode):
     """A mode in which operations run without autocast. ``was_needed`` says whether one ran where it was enabled.
 
+    ``kinds`` are the types of devices on which autocast is disabled; by default all of :func:`device_types`.
+
     Every call of a torch function takes some microseconds longer in a mode. So enter it for the user's code only.
 
     Example:
@@ -30,14 +32,15 @@ class WithoutAutocast(TorchFunctionMode):
         (torch.float32, True)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Collection[str] | None = None) -> None:
         super().__init__()
         self.was_needed = False
+        self._kinds = device_types() if kinds is None else kinds
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        enabled = [device_type for device_type in device_types() if torch.is_autocast_enabled(device_type)]
+        enabled = [device_type for device_type in self._kinds if torch.is_autocast_enabled(device_type)]
         if not enabled:
             return func(*args, **(kwargs or {}))
         self.was_needed = True

@@ -34,8 +34,8 @@ from lightning_flatness.functional.weighting import (
 # Largest number of entries that the factors of one chunk of samples may have. On devices that are not listed, it is
 # ELEMENTS_ELSEWHERE.
 FACTOR_ELEMENTS = {"cpu": 2**24}
-# Largest number of samples in a chunk on the devices that are listed. There, sums within a chunk have the dtype of the
-# factors, which may be less precise than float64.
+# Largest number of samples in a chunk on the devices that are listed, where sums within a chunk have the dtype of the
+# factors. This dtype may be less precise than float64.
 MOST_SAMPLES = {"cpu": 64}
 
 
@@ -120,6 +120,8 @@ def closed_form_contraction(
     use_gram = by_gram <= by_sum
     if chunk_size is None:
         patch_elements = groups * positions * (positions if use_gram else patch_length)
+        if weighting is not None and weighting.normalized is not None and not diagonal:
+            patch_elements *= 2
         budget = FACTOR_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
         chunk_size = max(1, budget // (filters * (head.shape[0] + 2 * positions) + patch_elements))
         chunk_size = min(chunk_size, MOST_SAMPLES.get(inputs.device.type, chunk_size))
@@ -128,7 +130,7 @@ def closed_form_contraction(
     on_diagonal = torch.zeros(by_group, dtype=torch.float64, device=inputs.device)
     values, left_out = no_values(samples, inputs.device), on_diagonal.new_zeros(())
     totals = Totals(on_diagonal.new_zeros(*by_group, 0 if diagonal else by_group[1]))
-    matrices = Matrices(None, None) if weighting is None else weighting.matrices
+    matrices = Matrices(*((None, None) if weighting is None else (weighting.gram, weighting.normalized)))
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
         features, other = _features(inputs[chunk], slopes[chunk], geometry, use_gram, None if diagonal else weighting)

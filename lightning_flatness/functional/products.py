@@ -7,8 +7,7 @@ in strips. A strip is a block of rows, from the diagonal to the right (``symmetr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass
 from itertools import repeat
 from math import prod
 from typing import NamedTuple
@@ -60,19 +59,6 @@ class Factors:
         return self.columns[0].shape[3] * self.features[0].shape[3] <= FEW and self.floor is None
 
 
-class _Weights(NamedTuple):
-    """One strip of each Gram matrix, flattened.
-
-    In ``gram_floor`` and ``normalized_floor``, the strip is multiplied elementwise by ``VᵀV``. A field is None if it is
-    not needed.
-    """
-
-    gram: Tensor | None
-    normalized: Tensor | None
-    gram_floor: Tensor | None
-    normalized_floor: Tensor | None
-
-
 @dataclass(frozen=True)
 class Matrices:
     """Matrices of one layer, each ``(G, s, s)`` or None; :class:`Weighting` defines ``gram`` and ``normalized``."""
@@ -80,27 +66,6 @@ class Matrices:
     gram: Tensor | None
     normalized: Tensor | None
     head_gram: Tensor | None = None  # VᵀV
-    _strips: dict[tuple[int, int, torch.dtype], _Weights] = field(init=False, repr=False, default_factory=dict)
-
-    def strip(self, rows: slice, rest: slice, like: Tensor) -> _Weights:
-        """Cut out one strip in the dtype of ``like``; double the entries whose mirror images are in no strip.
-
-        The strip is cut at the first call, and kept for later batches.
-        """
-
-        def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
-            if gram is None:
-                return None
-            strip = gram[:, rows, rest].clone()
-            strip[:, :, rows.stop - rows.start :] *= 2
-            return (strip if factor is None else strip * factor[:, rows, rest]).flatten().to(like)
-
-        key = rows.start, rows.stop, like.dtype
-        if key not in self._strips:
-            grams, head_gram = (self.gram, self.normalized), self.head_gram
-            of_floor = (None, None) if head_gram is None else (strip_of(gram, head_gram) for gram in grams)
-            self._strips[key] = _Weights(*map(strip_of, grams), *of_floor)
-        return self._strips[key]
 
 
 @dataclass(frozen=True)
@@ -133,9 +98,38 @@ def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor
     elements = features[0].shape[1] * cut[0][0].stop * per_group
     at_once = max(1, PRODUCT_ELEMENTS.get(device, ELEMENTS_ELSEWHERE) // elements)
     size = min(at_once, len(features[0])) * elements
-    buffers = [None if torch.is_grad_enabled() else features[0].new_empty(size) for _ in range(2)]
+    likes = (factors.columns[0], features[0])
+    buffers = [None if torch.is_grad_enabled() else like.new_empty(size) for like in likes]
     of_strips = [_add_strip(totals, factors, matrices, strip, at_once, buffers) for strip in cut]
     return torch.stack(of_strips).sum(0, dtype=torch.float64)
+
+
+class _Weights(NamedTuple):
+    """One strip of each Gram matrix, flattened.
+
+    In ``gram_floor`` and ``normalized_floor``, the strip is multiplied elementwise by ``VᵀV``. A field is None if it is
+    not needed.
+    """
+
+    gram: Tensor | None
+    normalized: Tensor | None
+    gram_floor: Tensor | None
+    normalized_floor: Tensor | None
+
+    @classmethod
+    def of(cls, matrices: Matrices, rows: slice, rest: slice, like: Tensor) -> _Weights:
+        """Cut out one strip in the dtype of ``like``; double the entries whose mirror images are in no strip."""
+
+        def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
+            if gram is None:
+                return None
+            strip = gram[:, rows, rest].clone()
+            strip[:, :, rows.stop - rows.start :] *= 2
+            return (strip if factor is None else strip * factor[:, rows, rest]).flatten().to(like)
+
+        grams, head_gram = (matrices.gram, matrices.normalized), matrices.head_gram
+        of_floor = (None, None) if head_gram is None else (strip_of(gram, head_gram) for gram in grams)
+        return cls(*map(strip_of, grams), *of_floor)
 
 
 class _Part(NamedTuple):
@@ -162,14 +156,19 @@ def _add_strip(
 
     The products of ``at_once`` samples are computed together.
     """
-    weights = matrices.strip(*strip, like=factors.features[0])
-    of_parts = [_sums(part, weights, buffers) for part in _parts(factors, strip, at_once)]
-    view = totals.products[:, strip[0], strip[1]]
-    view += reduce(torch.add, [part.products for part in of_parts]).view_as(view)
-    of_floor = [part.of_floor for part in of_parts if part.of_floor is not None]
-    if of_floor and totals.of_floor is not None:
-        totals.of_floor[:, strip[0], strip[1]] += reduce(torch.add, of_floor).view_as(view)
-    return torch.cat([part.values for part in of_parts])
+    weights = _Weights.of(matrices, *strip, like=factors.features[0])
+    values, products, of_floor = [], None, None
+    for part in _parts(factors, strip, at_once):
+        sums = _sums(part, weights, buffers)
+        values.append(sums.values)
+        products = sums.products if products is None else products + sums.products
+        if sums.of_floor is not None:
+            of_floor = sums.of_floor if of_floor is None else of_floor + sums.of_floor
+    for total, summed in ((totals.products, products), (totals.of_floor, of_floor)):
+        if total is not None and summed is not None:
+            view = total[:, strip[0], strip[1]]
+            view += summed.view_as(view)
+    return torch.cat(values)
 
 
 def _parts(factors: Factors, strip: Strip, at_once: int) -> Iterator[_Part]:

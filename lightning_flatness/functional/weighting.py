@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.functional.measures import weight_gram
-from lightning_flatness.functional.products import Matrices
 
 # The measures that a :class:`Contraction` has for every sample, in this order.
 SAMPLE_MEASURES = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "channelwise_flatness")
@@ -62,11 +61,6 @@ class Weighting:
     def normalized_norm(self) -> Tensor | None:
         """An upper bound of the spectral norms of :attr:`normalized`; None if there is no such matrix."""
         return None if self.normalized is None else spectral_bound(self.normalized.double())
-
-    @cached_property
-    def matrices(self) -> Matrices:
-        """The matrices :attr:`gram` and :attr:`normalized`, in the form that :func:`add_products` takes."""
-        return Matrices(self.gram, self.normalized)
 
     @cached_property
     def inverse(self) -> Tensor:

@@ -227,9 +227,9 @@ class _Certificates:
 
         ``layer`` has the layer's certificates after earlier batches; None on the first samples.
         """
-        groups = calls[0].convolution.geometry.groups
 
         def unchanged(weight: Tensor) -> bool:
+            groups = calls[0].convolution.geometry.groups
             return layer is not None and layer.gram.equal(self.context.gram(weight, groups))
 
         half = self.recorded.half is not None

@@ -1,4 +1,4 @@
-"""Run a copy of the model on parts of batches, record and certify each forward pass, and hand it to a function."""
+"""Run a copy of the model on parts of batches, record each forward pass, and hand it to a function."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ from lightning_flatness.layers.certified import Certified, CertifiedPass
 from lightning_flatness.layers.closed_form import ClosedForms
 from lightning_flatness.layers.gauss_newton import Advance
 from lightning_flatness.layers.passes import OwnPasses
-from lightning_flatness.layers.recording import LayerCall, Pass
+from lightning_flatness.layers.recording import LayerCall
 from lightning_flatness.layers.sums import outcomes_of_pass
 from lightning_flatness.model.rows import num_rows
 
 
 @dataclass(frozen=True)
 class WaitingSamples:
-    """The data of one certified pass that are kept until the standard deviations of the input channels are known.
+    """The data of one pass that are kept until the standard deviations of the input channels are known.
 
     The standard deviations are computed from ``channels``. Then all layers are measured. The closed form needs no
     second forward pass: it computes block traces from ``forms``. The Gauss-Newton method needs the autograd graph,
@@ -39,14 +39,14 @@ class WaitingSamples:
     def of(cls, certified: CertifiedPass, known: Certified) -> WaitingSamples:
         """Collect the data from a certified pass. ``known`` has the certificates so far."""
         if certified.need_backward:
-            return cls.recorded(certified.recorded, 1 if certified.loss.is_pair else len(certified.recorded.logits))
+            return cls.of_calls(certified.calls, 1 if certified.loss.is_pair else len(certified.recorded.logits))
         forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
         return cls(forms.num_samples, forms.channels(), forms)
 
     @classmethod
-    def recorded(cls, recorded: Pass, samples: int) -> WaitingSamples:
-        """Collect the channel sums of the first ``samples`` samples from a pass that need not be certified."""
-        sums = {name: channel_sums(calls) for name, calls in recorded.calls.items()}
+    def of_calls(cls, calls: Mapping[str, Sequence[LayerCall]], samples: int) -> WaitingSamples:
+        """Collect the channel sums of the first ``samples`` samples from the recorded calls of layers."""
+        sums = {name: channel_sums(of_layer) for name, of_layer in calls.items()}
         of_layers = {name: of_layer[slice(samples)] for name, of_layer in sums.items() if of_layer is not None}
         return cls(samples, of_layers, None)
 
@@ -61,12 +61,18 @@ class WaitingSamples:
         """
         first_batch = not passes.known.layers
         start, end, _ = rows.indices(num_rows(inputs, targets))
+        needs_graph = False
         for part in passes(inputs, targets, lambda certified, known, _: cls.of(certified, known), advance, rows):
             yield part
             start += part.num_samples
-            if part.forms is None:
-                yield from passes.recorded(inputs, targets, cls.recorded, slice(start, end), first_batch)
-                return
+            needs_graph = part.forms is None
+            if needs_graph:
+                break
+        if needs_graph:
+            rest = slice(start, end)
+            yield from passes.recorded(
+                inputs, targets, lambda recorded, number: cls.of_calls(recorded.calls, number), rest, first_batch
+            )
 
     @classmethod
     def joined(cls, parts: Sequence[WaitingSamples]) -> dict[str, ChannelSums]:

@@ -54,7 +54,8 @@ class Measurement:
         seed = options.get("seed", 0)
         self._options = of_keywords(Options, options)  # raises an error for invalid options
         # Every rank has its own seed: variances may be summed over ranks only if their probes are independent.
-        self.observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank(sync)})
+        self._new_observer = partial(FlatnessObserver, model, **options | {"seed": seed + 1000 * own_rank(sync)})
+        self.observer = self._new_observer()
         self._sync = sync
         self._model = model
         self._sums: dict[str, LayerSums] = {}
@@ -99,7 +100,7 @@ class Measurement:
     def _hold_first(
         self, inputs: Any, targets: Tensor | None, positions: Tensor, advance: Callable[[float], None] | None
     ) -> tuple[int, Mapping[str, ChannelSums]]:
-        """Certify the first samples of a batch, and hold these samples if possible.
+        """Run the first samples of a batch, and hold these samples if possible.
 
         ``positions`` are the indices of the batch's samples in the measured set. The first samples are all samples up
         to the last one with a position below ``FIRST_SAMPLES``.
@@ -189,7 +190,12 @@ class Measurement:
         ``live`` says that forward passes of the user's code shall be observed. If ``live`` and the model runs in half
         precision, also find out whether these passes can be observed.
         """
-        self.observer.sums(inputs, targets, rows=slice(0, MOST_CERTIFIED))
+        try:
+            self.observer.sums(inputs, targets, rows=slice(0, MOST_CERTIFIED))
+        except Exception:
+            # Some networks do not run on a part of a batch, e.g. if the inputs are a graph. Other errors come again.
+            self.observer = self._new_observer()
+            self.observer.sums(inputs, targets)
         if live and runs_in_half(self._model, as_call(inputs).precision):
             with untouched(self._model), torch.no_grad():  # training may have begun, and must not see this pass
                 self.observer.why_not_live(inputs, targets)

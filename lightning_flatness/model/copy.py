@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
-from lightning_flatness.functional.autocast import WithoutAutocast
+from lightning_flatness.functional.autocast import WithoutAutocast, device_types
 from lightning_flatness.model.call import Call, as_call, map_tensors, tensors_of
 from lightning_flatness.model.logits import differ, logits_of
 from lightning_flatness.model.names import plain_name
@@ -38,7 +38,6 @@ class ModelCopy:
                 "the original module that it was made of."
             )
         self._model, self._dtype, self._as_it_runs = model, dtype, as_it_runs
-        self._full_precision = WithoutAutocast()
         self._copies: dict[int, Tensor] = {}
         self._slots: dict[str, int] = {}
         self._buffers: set[int] = set()
@@ -54,6 +53,8 @@ class ModelCopy:
                 self._slots[long_name] = id(tensor)
                 if id(tensor) not in self._copies:
                     self._copies[id(tensor)] = measured(tensor.detach(), self._dtype_of(tensor)).clone()
+        kinds = {"cpu", *(copy.device.type for copy in self._copies.values())}
+        self._full_precision = WithoutAutocast(kinds.intersection(device_types()))
 
     def _dtype_of(self, tensor: Tensor) -> torch.dtype | None:
         return tensor.dtype if self._as_it_runs and tensor.is_floating_point() else self._dtype
@@ -64,7 +65,7 @@ class ModelCopy:
 
     @property
     def enables_autocast(self) -> bool:
-        """Whether the forward has enabled autocast itself, in any call so far."""
+        """Whether the forward has enabled autocast itself in the latest call."""
         return self._full_precision.was_needed
 
     def __call__(
@@ -110,6 +111,7 @@ class ModelCopy:
         # Tied tensors are handled above, not by tie_weights. If a module has two names, functional_call with
         # tie_weights would replace its tensors twice, and not put the original ones back.
         try:
+            self._full_precision.was_needed = False
             with nullcontext() if self._as_it_runs else self._full_precision:
                 output = functional_call(
                     self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False

@@ -56,6 +56,17 @@ def test_the_numbers_are_the_same_on_a_device_that_is_not_a_cpu(monkeypatch, gro
         assert_close(one, other, rtol=1e-11, atol=10 * max(tolerance, 1e-12) * float(other.abs().max()))
 
 
+@guards("functional/products.py", "likes = (factors.columns[0], features[0])", "likes = (features[0],) * 2")
+@pytest.mark.parametrize("side", [0, 2, 3], ids=["inputs", "slopes", "classifier"])
+def test_factors_may_have_different_dtypes(side):
+    arguments = random_arguments(6, per_group=9, classes=9)
+    expected = closed_form_block_traces(*arguments)
+    narrow = {0, 2} if side != 3 else {3}
+    mixed = [one.float() if index in narrow else one for index, one in enumerate(arguments)]
+    with torch.no_grad():
+        assert_close(closed_form_block_traces(*mixed), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 @guards("functional/products.py", "return rows.sum(0, dtype=torch.float64)", "return rows.sum(0)")
 def test_a_device_that_is_not_a_cpu_sums_many_samples_in_float64(monkeypatch):
     as_on_another_device(monkeypatch)

@@ -1,6 +1,7 @@
 """Diagonals alone, parts of a batch, and what happens when memory runs out."""
 
 import gc
+import math
 import warnings
 from collections import deque
 
@@ -104,6 +105,46 @@ def test_some_samples_at_a_time_give_the_same(monkeypatch, rows, activation):
         assert layer.num_samples == 9
         assert layer.exact == whole.layers[name].exact
         assert_close(layer.block_traces, whole.layers[name].block_traces, rtol=1e-12, atol=1e-15)
+
+
+class AddsAVector(nn.Module):
+    """A layer of it runs on a vector, which has no batch dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.of_vector, self.last = nn.Linear(6, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.vector = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return self.last((self.first(x) + self.of_vector(self.vector)).relu())
+
+
+@guards(
+    "layers/waiting.py",
+    "return cls.of_calls(certified.calls,",
+    "return cls.of_calls(certified.recorded.calls,",
+    ids="9",
+)
+@pytest.mark.parametrize("rows", [9, 3])
+def test_samples_wait_without_the_layers_that_are_left_out(monkeypatch, rows):
+    monkeypatch.setattr(passes, "rows_at_a_time", lambda *args: rows)
+    report = lf.measure_flatness(AddsAVector(), [(torch.randn(9, 6), Y)], layers="all")
+    assert list(report.layers) == ["first", "last"]
+    assert not math.isnan(report.layers["first"].normalized_relative_flatness)
+
+
+class ByEinsum(nn.Linear):
+    """A linear layer that applies its weight in a way that no convolution is seen."""
+
+    def forward(self, x):
+        return torch.einsum("nd,sd->ns", x, self.weight)
+
+
+def test_a_linear_layer_without_a_linear_map_is_left_out():
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), ByEinsum(5, 5), nn.ReLU(), nn.Linear(5, 3))
+    report = lf.measure_flatness(net, [(torch.randn(9, 6), Y)], layers="all")
+    assert list(report.layers) == ["0", "4"]
+    assert "runs 0 convolutions or linear maps" in report.left_out["2"]
 
 
 class Pooled(nn.Module):

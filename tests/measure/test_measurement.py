@@ -32,6 +32,20 @@ def test_layers_are_certified_on_few_samples_of_a_large_batch():
     assert 2 <= max(sizes) <= 16
 
 
+@guards("measure/measurement.py", "self.observer.sums(inputs, targets)\n        if live", "raise\n        if live")
+def test_layers_of_a_network_that_takes_whole_batches_only_are_certified():
+    net = small_network()
+
+    def refuse(module, arguments):
+        if len(arguments[0]) != 40:
+            raise ValueError("a batch has 40 samples")
+
+    net.register_forward_pre_hook(refuse)
+    measurement = Measurement(net)
+    measurement.certify(torch.randn(40, 2, 6, 6).double(), torch.arange(40) % 4, live=False)
+    assert list(measurement.layers) == ["0"]
+
+
 def test_measurements_on_two_ranks_report_the_whole(monkeypatch):
     net, x, y = small_network(), *data()
     whole = lf.measure_flatness(net, [(x, y)])

@@ -33,6 +33,24 @@ def test_every_call_begins_with_the_same_buffers(batch):
     assert net.calls == 1
 
 
+class HalfForPairs(nn.Linear):
+    """Enables autocast for a batch of two samples."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=len(x) == 2):
+            return super().forward(x)
+
+
+@guards("model/copy.py", "self._full_precision.was_needed = False", "pass")
+def test_autocast_in_one_call_is_not_told_of_the_next():
+    copy = ModelCopy(HalfForPairs(3, 2))
+    told = []
+    for samples in (1, 2, 1):
+        assert copy(torch.ones(samples, 3)).dtype == torch.float32
+        told.append(copy.enables_autocast)
+    assert told == [False, True, False]
+
+
 def test_tensors_that_are_no_numbers_keep_their_type():
     index = torch.tensor([1, 2])
     assert measured(index, torch.float64).dtype == torch.int64
