@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from lightning_flatness.errors import BatchError, FlatnessError
-from lightning_flatness.functional import CustomLoss, find_loss
+from lightning_flatness.functional import CrossEntropy, CustomLoss, find_loss
 from tests.guarding import guards
 
 LABELS = torch.tensor([0, 1, 2, 3, 0, 0, 2])
@@ -186,3 +187,18 @@ def test_a_loss_may_differentiate_the_logits_itself():
     assert CustomLoss(penalised)(torch.randn(7, 4), LABELS).residual.shape == (7, 4)
     with pytest.raises(BatchError, match="on other samples"):
         CustomLoss(mixing)(torch.randn(7, 4), LABELS)
+
+
+def in_half(logits, targets):
+    """Enables autocast, and fails on float64, which autocast leaves alone."""
+    assert logits.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.cross_entropy(logits @ torch.eye(3), targets, reduction="none")
+
+
+@guards("functional.autocast:WithoutAutocast.__torch_function__", body="return func(*args, **(kwargs or {}))")
+def test_a_loss_that_enables_autocast_is_computed_without():
+    logits, targets = torch.randn(6, 3), torch.arange(6) % 3
+    assert_close(
+        CustomLoss(in_half)(logits, targets).residual, CrossEntropy()(logits, targets).residual, rtol=0, atol=1e-5
+    )
