@@ -14,9 +14,21 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+# What a test draws must not depend on what ran before it: PyTorch seeds a new process at random.
+def pytest_collectstart():
+    """What a file of tests draws as it is imported is the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """And so is what fixtures of a whole file draw."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test and doctest starts from the same random state, with threads that do not fight over the cores."""
+    """Every test and doctest starts from the same random state, whatever such a fixture drew."""
     torch.manual_seed(0)
 
 
