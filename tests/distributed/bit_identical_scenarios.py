@@ -20,7 +20,7 @@ from tests.callbacks.training_runs import (
     end_of_training,
     seed_everything,
 )
-from tests.distributed.scenarios import SCENARIOS, trainer_on_ranks
+from tests.distributed.scenarios import ONE_WORKER, SCENARIOS, trainer_on_ranks
 
 
 class WithFrozenBackbone(Classifier):
@@ -34,8 +34,8 @@ def plain_data():
     return DataLoader(dataset(64), 8, shuffle=True), DataLoader(dataset(22, seed=1), 8)
 
 
-def augmented_data(workers=0):
-    train = DataLoader(Augmented(dataset(64)), 8, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+def augmented_data(**options):
+    train = DataLoader(Augmented(dataset(64)), 8, shuffle=True, **options)
     return train, DataLoader(Augmented(dataset(22, seed=1)), 8)
 
 
@@ -47,7 +47,11 @@ RUNS = {
     "frozen BatchNorm": (WithFrozenNorm, plain_data, {}),
     "dropout": (Classifier, plain_data, {}),
     "augmentation": (Classifier, augmented_data, {}),
-    "persistent workers": (Classifier, partial(augmented_data, workers=1), {"val_check_interval": 2}),
+    "persistent workers": (
+        Classifier,
+        partial(augmented_data, persistent_workers=True, **ONE_WORKER),
+        {"val_check_interval": 2},
+    ),
     "no sanity check": (Classifier, augmented_data, {"num_sanity_val_steps": 0}),
 }
 if not HAS_WEIGHT_AVERAGING:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 import lightning_flatness as lf
 from tests.callbacks.lightning_modules import Classifier, Net, TwoLayerNet, dataset
-from tests.distributed.scenarios import SCENARIOS, rank, scenario, trainer_on_ranks
+from tests.distributed.scenarios import ONE_WORKER, SCENARIOS, rank, scenario, trainer_on_ranks
 
 MONITOR = "flatness/relative_flatness"
 
@@ -115,7 +115,7 @@ CASES = {
     ),
     "custom sampler": Case(lambda: val(11, sampler=Backwards(range(11))), lambda: dataset(11, 1)),
     "shuffled": Case(lambda: val(11, shuffle=True), lambda: dataset(11, 1)),
-    "workers": Case(lambda: val(11, num_workers=1), lambda: dataset(11, 1)),
+    "workers": Case(lambda: val(11, **ONE_WORKER), lambda: dataset(11, 1)),
     "no sanity check": Case(lambda: val(11), lambda: dataset(11, 1), trainer={"num_sanity_val_steps": 0}),
     "rank 1 without samples": Case(
         lambda: DataLoader(OnRankZero(dataset(11, 1)), 4), lambda: dataset(11, 1), net=WithoutNorm

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 from lightning.pytorch.strategies import DDPStrategy
@@ -9,6 +10,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from tests.callbacks.lightning_modules import quiet_trainer
 
 SCENARIOS = {}
+# A plain fork at the moment in which a thread of Gloo takes Python's lock stays locked for ever (CPython 3.11).
+# Workers are forked from a process without threads, which has imported what they need.
+ONE_WORKER = {"num_workers": 1, "multiprocessing_context": "forkserver"}
+set_forkserver_preload(["lightning_flatness", "tests.callbacks.lightning_modules"])
 
 
 def scenario(function):
