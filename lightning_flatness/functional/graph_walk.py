@@ -25,9 +25,12 @@ def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
     return any(node.name().endswith("Error") for node in functions_of(derivatives))
 
 
-def functions_of(ends: Sequence[Tensor]) -> Iterator[Any]:
-    """Yield every function (node) of the autograd graph that ends at the tensors ``ends``, each function once."""
-    visited: set[Any] = set()
+def functions_of(ends: Sequence[Tensor], starts: Sequence[Tensor] = ()) -> Iterator[Any]:
+    """Yield every function (node) of the autograd graph that ends at the tensors ``ends``, each function once.
+
+    The functions that compute ``starts`` are left out, and so is what leads to them only.
+    """
+    visited: set[Any] = {start.grad_fn for start in starts}
     waiting = [end.grad_fn for end in ends]
     while waiting:
         node = waiting.pop()

@@ -1,8 +1,7 @@
 """Certify a recorded forward pass, and decide by which method each layer is measured.
 
-The functions take the certificates of earlier batches, and return these certificates updated by this batch. The
-certificates have numbers, as in ``docs/theory.md``, "What is certified, and how". The terms are explained in
-``layers/__init__.py``.
+The functions return the certificates of earlier batches, updated by this batch. The certificates have numbers, as in
+``docs/theory.md``, "What is certified, and how". ``layers/__init__.py`` explains the terms.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from lightning_flatness.layers.certified import Calls, Certified, CertifiedLayer
 from lightning_flatness.layers.convolution import CONVOLVING
 from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.methods import first_description, under_gauss_newton
-from lightning_flatness.layers.recording import LayerCall, Pass
-from lightning_flatness.model.graph import cannot_curve, random_like
+from lightning_flatness.layers.recording import LayerCall, Pass, in_float32
+from lightning_flatness.model.graph import cannot_curve, has_custom_function, random_like
 from lightning_flatness.model.logits import logits_of, question_outputs
 
 
@@ -138,17 +137,6 @@ def certify_observed(
     outputs = frozenset(name for name, layer in layers.items() if layer.is_output)
     known = replace(known, layers=layers, left_out=known.left_out_after(recorded))
     return CertifiedPass(recorded, loss_at(head.logits), calls, tails, outputs), known
-
-
-def in_float32(call: LayerCall) -> LayerCall:
-    """Return a copy of the record of a layer's call, in which the inputs of the convolution are float32.
-
-    The inputs are first rounded to the dtype of the convolution's output, because autocast rounds them to that dtype.
-    """
-    convolution = call.convolution
-    inputs = convolution.inputs.to(convolution.output.dtype).float()
-    read = None if convolution.unpadded is None else convolution.unpadded.to(convolution.output.dtype).float()
-    return replace(call, convolutions=(replace(convolution, inputs=inputs, unpadded=read),))
 
 
 def _uses(recorded: Pass, layers: Mapping[str, CertifiedLayer]) -> tuple[tuple[str, str], ...] | None:
@@ -294,6 +282,7 @@ class _Certificates:
             for name in candidates
             if len(calls[name]) > 1 or calls[name][0].convolution.channel_dimension != 1
         }
+        failures |= dict.fromkeys(self._rounded({n: calls[n] for n in candidates}), f"{Inexact.ROUNDED.value}.")
         if self.first:
             names = [name for name in candidates if name not in failures]
             reasons = why_not_first_order(head.features, [calls[name][0].node for name in names])
@@ -321,7 +310,8 @@ class _Certificates:
         """
         logits, known = self.recorded.logits, self.known.affine
         checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in NOT_LABELLED}
-        once = {name: of_layer for name, of_layer in checked.items() if len(of_layer) == 1}
+        rounded = self._rounded(checked)
+        once = {name: of for name, of in checked.items() if len(of) == 1 and name not in rounded}
         fingerprint = CANNOT_CURVE if checked and not self.first and cannot_curve(logits) else None
         if known is not None and known.recognises(fingerprint):
             reasons: dict[str, Inexact | None] = dict.fromkeys(once)
@@ -329,7 +319,8 @@ class _Certificates:
         else:
             reasons = why_not_affine(once, logits, up_to_shift)
             known = Known(None, CANNOT_CURVE) if once else known
-        repeated = {name: of_layer for name, of_layer in checked.items() if name not in once}
+        reasons |= rounded
+        repeated = {name: of_layer for name, of_layer in checked.items() if name not in reasons}
         return reasons | {name: self._why_polynomial(name, of, up_to_shift) for name, of in repeated.items()}, known
 
     def _why_polynomial(self, name: str, calls: Sequence[LayerCall], up_to_shift: bool) -> Inexact | None:
@@ -342,6 +333,15 @@ class _Certificates:
         kernel = calls[0].convolution.weight.detach().clone().requires_grad_()
         logits = logits_of(self.context.copy()(self.recorded.inputs, {parameter: kernel}))
         return why_curved(logits, kernel, up_to_shift)
+
+    def _rounded(self, calls: Calls) -> dict[str, Inexact | None]:
+        """Return ``Inexact.ROUNDED`` for every layer before a custom function, if the forward enables autocast itself.
+
+        A function with ``custom_bwd`` then enables autocast in its backward pass, too.
+        """
+        candidates = calls.items() if self.recorded.enables_autocast else ()
+        nodes = {name: [call.node for call in of_layer] for name, of_layer in candidates}
+        return {name: Inexact.ROUNDED for name in nodes if has_custom_function(self.recorded.logits, nodes[name])}
 
 
 # Values of `CertifiedLayer.inexact` of a layer in whose kernel the logits have been affine so far.

@@ -246,7 +246,7 @@ class OwnPasses:
             self._certify_same(part, logits)
         if part.answer is not None:
             with naming_buffers(lambda: self._changing_buffers(part.inputs)):
-                part.answer.certify_logits(logits[:rows].detach(), start, in_half=self._copy.enables_autocast)
+                part.answer.certify_logits(logits[:rows].detach(), start, in_half=recorded.enables_autocast)
         if first:
             self.release()  # certificate 4 makes another copy; two would take too much memory
         no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
@@ -272,7 +272,8 @@ class OwnPasses:
         """Run the model's copy on the inputs, and record the pass."""
         with self.context.recorder(self._copy) as recorder:
             output = self._copy(inputs)
-        return recorder.result(inputs, output)
+        recorded = recorder.result(inputs, output)
+        return replace(recorded, enables_autocast=self._copy.enables_autocast)
 
     def _masks(self, samples: int, first: bool) -> Tensor:
         """Return the masks ``(M, N)`` with which certificate 5 tests whether samples influence each other.

@@ -69,6 +69,18 @@ class Pass:
     late: tuple[str, ...] = ()  # names of idle layers (see Recorder) that ran
     classifier_weight: Tensor | None = None  # what the latest call of the classifier applied; None if not known
     classifier_bias: Tensor | None = None
+    enables_autocast: bool = False  # whether the forward enables autocast itself
+
+
+def in_float32(call: LayerCall) -> LayerCall:
+    """Return a copy of the record of a layer's call, in which the inputs of the convolution are float32.
+
+    The inputs are first rounded to the dtype of the convolution's output, because autocast rounds them to that dtype.
+    """
+    convolution = call.convolution
+    inputs = convolution.inputs.to(convolution.output.dtype).float()
+    read = None if convolution.unpadded is None else convolution.unpadded.to(convolution.output.dtype).float()
+    return replace(call, convolutions=(replace(convolution, inputs=inputs, unpadded=read),))
 
 
 class Recorder:

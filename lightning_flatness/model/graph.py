@@ -18,6 +18,11 @@ from lightning_flatness.functional.graph_walk import differentiable_once, functi
 Operations = tuple[tuple[Any, ...], ...]
 
 
+def has_custom_function(end: Tensor, starts: Sequence[Tensor] = ()) -> bool:
+    """Return whether the autograd graph of a tensor, as far as the tensors ``starts``, has a custom function."""
+    return any(isinstance(node, BackwardCFunction) for node in functions_of([end], starts))
+
+
 def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
     """Return the operations that compute a tensor, or None if they do not show which entries influence each other.
 
@@ -32,9 +37,9 @@ def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
         >>> operations_of(z.relu().mean(2)) == operations_of(z.detach().requires_grad_().relu().mean(2))
         True
     """
-    nodes = list(functions_of([end]))
-    if any(isinstance(node, BackwardCFunction) for node in nodes) or may_mix(end):
+    if has_custom_function(end) or may_mix(end):
         return None
+    nodes = list(functions_of([end]))
     numbers = {node: number for number, node in enumerate(nodes)}
     return tuple(
         (node.name(), _saved_numbers(node, samples), *(numbers.get(following) for following, _ in node.next_functions))

@@ -110,7 +110,7 @@ def validate(folder, module, callback, batches=None):
 @guards("model.answer:certify_weights", returns=None, ids="AveragesLittle-True")
 @guards(
     "layers/passes.py",
-    "part.answer.certify_logits(logits[:rows].detach(), start, in_half=self._copy.enables_autocast)",
+    "part.answer.certify_logits(logits[:rows].detach(), start, in_half=recorded.enables_autocast)",
     "pass",
     ids="HeatsUp-False",
 )
@@ -213,7 +213,7 @@ class BoundsItsWeights(networks.Plain):
         return super().forward(x)
 
 
-@guards("layers/passes.py", ", in_half=self._copy.enables_autocast", "", ids="EntersAutocast-False")
+@guards("layers/passes.py", ", in_half=recorded.enables_autocast", "", ids="EntersAutocast-False")
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("network", [EntersAutocast, BoundsItsWeights])
 def test_networks_that_change_precision_or_weights_in_their_forward_are_measured(tmp_path, network, live):

@@ -110,7 +110,7 @@ def of_features(run, x, y):
     return torch.einsum("sdtd->st", hessian)
 
 
-@guards("layers/certify.py", "convolution.inputs.to(convolution.output.dtype).float()", "convolution.inputs.float()")
+@guards("layers/recording.py", "convolution.inputs.to(convolution.output.dtype).float()", "convolution.inputs.float()")
 def test_exact_for_the_features_as_they_are(runs):
     run = runs(Net())
     (x, y), before = batch(), module_state(run.model)
@@ -308,7 +308,7 @@ def test_other_precisions_have_their_names(dtype):
     assert "Features are" not in str(report)
 
 
-@guards("layers/certify.py", "convolution.inputs.to(convolution.output.dtype)", "convolution.inputs")
+@guards("layers/recording.py", "convolution.inputs.to(convolution.output.dtype)", "convolution.inputs")
 def test_the_classifier_is_exact_for_its_features_as_they_are(runs):
     """The features are rounded as the classifier rounds them; the softmax is that of the float32 logits."""
 

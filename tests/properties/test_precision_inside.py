@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.testing import oracle_block_traces
 from tests.guarding import guards
 
 
@@ -81,3 +82,49 @@ def test_directions_between_networks_from_fabric():
 def test_a_part_that_fabric_has_wrapped_is_refused_with_a_remedy():
     with pytest.raises(lf.FlatnessError, match=r"'0' is wrapped by Fabric.setup.*`.module`"):
         lf.measure_flatness(nn.Sequential(by_fabric(plain())), [(X, Y)])
+
+
+class Halved(torch.autograd.Function):
+    """A ReLU that halves its argument; its backward pass runs as its forward did, with autocast or without."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.relu() / 2
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        return (flat @ torch.eye(flat.shape[1]).to(flat) / 2).view_as(gradient) * (x > 0)
+
+
+class Custom(nn.Module):
+    def forward(self, x):
+        return Halved.apply(x)
+
+
+@guards("layers/certify.py", "calls.items() if self.recorded.enables_autocast else ()", "()")
+@pytest.mark.parametrize("method", ["closed_form", "gauss_newton"])
+def test_a_custom_function_under_autocast_may_round_and_is_not_called_exact(method):
+    net = plain()
+    net[1] = Custom()
+    if method == "gauss_newton":
+        net.append(Custom())
+    plainly = lf.measure_flatness(net, [(X, Y)], layers="all").layers
+    rounded = lf.measure_flatness(Autocast(net), [(X, Y)], layers="all").layers
+    assert (plainly["0"].exact, plainly["0"].info.method) == (True, method)
+    assert not rounded["net.0"].exact
+    assert "enables autocast itself" in rounded["net.0"].info.reason
+    assert_close(rounded["net.0"].hessian_trace, oracle(net, "0"), rtol=1e-2, atol=0)
+    # No custom function comes after the classifier.
+    if method == "closed_form":
+        assert rounded["net.4"].exact
+        assert_close(rounded["net.4"].hessian_trace, oracle(net, "4"), rtol=1e-5, atol=0)
+
+
+def oracle(net, layer):
+    """The trace of the float64 Hessian."""
+    return oracle_block_traces(net.double(), (X.double(), Y), layer).trace().item()

@@ -20,6 +20,9 @@ class Inexact(Enum):
     NOT_FINITE = "a second derivative after it is not finite, e.g. of a square root or norm at zero"
     ONCE_DIFFERENTIABLE = "a custom function after it is marked once_differentiable"
     NO_SECOND_DERIVATIVE = "an operation after it has no second derivative in torch"
+    ROUNDED = (
+        "the network enables autocast itself, so the backward pass of a custom function may round to half precision"
+    )
     COMPUTED_KERNEL = "it runs several times with a computed kernel"
     SAMPLED = SAMPLED
 
