@@ -36,6 +36,13 @@ class LayerSelectionError(FlatnessError):
     """
 
 
+class UnbuiltError(LayerSelectionError):
+    """The model's forward makes parameters when it is called for the first time, and it was not called yet.
+
+    A callback that checks the layers before training catches this error, and checks them later.
+    """
+
+
 class NotClosedFormError(FlatnessError):
     """A layer cannot be measured by the closed form, a formula for the Hessian's block traces (``docs/theory.md``).
 

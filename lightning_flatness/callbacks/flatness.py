@@ -19,7 +19,7 @@ from lightning_flatness.callbacks.running import PassesOfRun
 from lightning_flatness.callbacks.stopwatch import Stopwatch, in_words
 from lightning_flatness.callbacks.validation import Validation, settle
 from lightning_flatness.checks import check_whole
-from lightning_flatness.errors import LayerSelectionError, NotExactError
+from lightning_flatness.errors import LayerSelectionError, NotExactError, UnbuiltError
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.ranks import gather
@@ -189,8 +189,8 @@ class FlatnessCallback(FlatnessHistory):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out how each layer can be measured, if the sanity check has not done so. Then print a summary."""
-        has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
-        if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
+        expects = self._data_name == "val" and trainer.enable_validation
+        if expects and flat_loaders(trainer.val_dataloaders) and not sum(trainer.num_val_batches):
             logged.warn_no_validation(self.prefix)
         self._gather(pl_module)
         with self._measuring(trainer, pl_module):
@@ -204,15 +204,15 @@ class FlatnessCallback(FlatnessHistory):
             labels.print_summary(*self._certified, self._data_name, self.prefix)
 
     def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before training, check how each layer can be measured, if one batch of the data can be read for this."""
+        """Check how each layer can be measured, unless something is missing that the first step will bring."""
         waits = self._network is None and (self._data_name == "val" or not trainer.enable_validation)
         try:
             samples = first_samples(trainer, pl_module, self._wanted)
             if samples is not None and not self._errors.pending:
                 self._certify(self._network_of(pl_module), samples)
         except Exception as error:
-            # The first step will show the network and its inputs, so the layers can be checked then.
-            if not waits or isinstance(error, (LayerSelectionError, NotExactError)):
+            refused = isinstance(error, (LayerSelectionError, NotExactError)) or not waits
+            if refused and not isinstance(error, UnbuiltError):
                 raise
 
     def _certify(self, network: Network, samples: Samples) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
+from lightning_flatness.errors import BatchError, LayerSelectionError, UnbuiltError, is_out_of_memory
 from lightning_flatness.functional.autocast import WithoutAutocast, device_types
 from lightning_flatness.model.call import Call, as_call, map_tensors, tensors_of
 from lightning_flatness.model.logits import differ, logits_of
+from lightning_flatness.model.modules import every_module
 from lightning_flatness.model.names import plain_name
 from lightning_flatness.model.precision import HALF, name_of
 
@@ -55,6 +56,7 @@ class ModelCopy:
                     self._copies[id(tensor)] = measured(tensor.detach(), self._dtype_of(tensor)).clone()
         kinds = {"cpu", *(copy.device.type for copy in self._copies.values())}
         self._full_precision = WithoutAutocast(kinds.intersection(device_types()))
+        self._num_parameters = _num_parameters(model)
 
     def _dtype_of(self, tensor: Tensor) -> torch.dtype | None:
         return tensor.dtype if self._as_it_runs and tensor.is_floating_point() else self._dtype
@@ -121,9 +123,26 @@ class ModelCopy:
             if reason:
                 raise BatchError(reason) from error
             raise
+        self._refuse_new_parameters()
         buffers = [name for name, key in self._slots.items() if key in self._buffers]
         self.keeps_graph = any(substitutes[name].requires_grad for name in buffers)
         return output, substitutes
+
+    def _refuse_new_parameters(self) -> None:
+        """Raise an error if the forward has made or deleted parameters: then no two calls have the same network."""
+        if _num_parameters(self._model) == self._num_parameters:
+            return
+        before = {name for name, key in self._slots.items() if key not in self._buffers}
+        now = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        names = ", ".join(f"'{plain_name(name)}'" for name in sorted(now ^ before))
+        raise UnbuiltError(
+            f"The model's forward makes or deletes parameters ({names}), so it is another network before its first "
+            "call. Call the model once before it is measured."
+        )
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum(len(module._parameters) for module in every_module(model))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

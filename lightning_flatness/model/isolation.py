@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from collections import OrderedDict
@@ -12,11 +11,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_flatness.errors import FlatnessError, LayerSelectionError
+from lightning_flatness.errors import FlatnessError, LayerSelectionError, UnbuiltError
+from lightning_flatness.model.attributes import attributes_kept
 from lightning_flatness.model.call import only_heard_by
 from lightning_flatness.model.generators import generators_kept
 
@@ -59,15 +59,15 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
     If the model itself is in evaluation mode already, its submodules keep the modes that the user has set. Inside the
     block, inference mode, backward hooks and autocast are disabled. Parts under ``torch.compile`` run uncompiled, and
-    float32 products use neither TF32 nor bfloat16. On leaving, also after an error, the attributes of every module and
-    the random states of torch (CPU and the model's accelerators), numpy and Python are restored. So are the entries of
-    lists and dictionaries that are attributes. What the forward changes inside other objects is not restored.
+    float32 products use neither TF32 nor bfloat16. On leaving, also after an error, the attributes of every module
+    (:func:`attributes_kept`) and the random states of torch (CPU and the model's accelerators), numpy and Python are
+    restored. What the forward changes inside other objects is not restored.
     """
     for name, module in model.named_modules():
         refuse_sharded(name, module)
         for key, parameter in module.named_parameters(recurse=False):
             if nn.parameter.is_lazy(parameter):
-                raise LayerSelectionError(
+                raise UnbuiltError(
                     f"'{name}.{key}' has no shape yet (a lazy module); call the model once before it is measured."
                 )
         if type(module).__name__ == FABRIC:
@@ -177,7 +177,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     If the model itself is in evaluation mode already, its submodules keep their modes. Otherwise, modes change as by
     ``model.eval()``. Inside the block, attributes that are tensors are replaced by copies. So if the forward updates a
-    metric in place, the metric has its old value after the block. Lists and dictionaries get their entries back.
+    metric in place, the metric has its old value after the block.
     """
     with ExitStack() as stack:
         switches = _switches_by_itself(model)
@@ -198,40 +198,6 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def attributes_kept(owners: Iterable[Any], most: float = math.inf) -> Iterator[None]:
-    """Replace tensors among the attributes of modules or other objects by copies; on leaving, restore all attributes.
-
-    Lists and dictionaries are not replaced, because a hook or another module may hold them, too. On leaving, they get
-    their entries back. Tensors and collections with more than ``most`` entries are left alone.
-    """
-    modules = list(owners)
-    before = [dict(vars(module)) for module in modules]
-    of_torch = vars(nn.Module()).keys()
-    values = [value for attributes in before for name, value in attributes.items() if name not in of_torch]
-    small = [value for value in values if type(value) in (list, dict) and len(value) <= most]
-    lists = {id(value): (value, list(value)) for value in small if type(value) is list}
-    dictionaries = {id(value): (value, dict(value)) for value in small if type(value) is dict}
-    try:
-        for module, attributes in zip(modules, before, strict=True):
-            for name, value in attributes.items():
-                if isinstance(value, Tensor) and value.numel() <= most:
-                    with torch.inference_mode(value.is_inference()):
-                        vars(module)[name] = value.detach().clone()
-        yield
-    finally:
-        for module, attributes in zip(modules, before, strict=True):
-            now = vars(module)
-            for name in [name for name in now if name not in attributes]:
-                del now[name]
-            now.update(attributes)
-        for value, entries in lists.values():
-            value[:] = entries
-        for mapping, pairs in dictionaries.values():
-            mapping.clear()
-            mapping.update(pairs)
-
-
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -247,13 +213,11 @@ def _switches_by_itself(model: nn.Module) -> bool:
 
 @contextmanager
 def _tensors_kept(model: nn.Module) -> Iterator[None]:
-    """On leaving, give all modules the same parameters, buffers and submodules as before, with bit-identical values.
+    """On leaving, give all parameters and buffers that the model has now bit-identical values again.
 
     For this, all weights are copied. The copies are needed if a layer merges weights for evaluation and splits them
     again for training, because such a layer restores its weights only up to rounding.
     """
-    tables = [vars(module)[name] for module in model.modules() for name in ("_parameters", "_buffers", "_modules")]
-    before = [dict(table) for table in tables]
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     kept = [
         (tensor, tensor.data, tensor.data.clone(), tensor.requires_grad, tensor.grad)
@@ -263,9 +227,6 @@ def _tensors_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for table, entries in zip(tables, before, strict=True):
-            table.clear()
-            table.update(entries)
         for tensor, data, values, requires_grad, grad in kept:
             if tensor.data_ptr() != data.data_ptr():
                 tensor.data = data

@@ -1,7 +1,7 @@
 """Runs that fail or are stopped leave no trace."""
 
 import contextlib
-from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,13 +78,14 @@ class FailingInMeasurement(Classifier):
 
     def __init__(self, failure, times=10**9):
         super().__init__()
-        self.failure, self.times, self.counter = failure, times, Counter()  # numbers are put back as they were
+        self.failure, self.times = failure, times
+        self.counter = SimpleNamespace(calls=0)  # attributes of the module are put back as they were
 
     def forward(self, x):
         torch.rand(3)
         if self._trainer is not None and self.current_epoch == 1 and len(x) > 1:
-            self.counter["calls"] += 1
-            if 1 < self.counter["calls"] <= 1 + self.times:
+            self.counter.calls += 1
+            if 1 < self.counter.calls <= 1 + self.times:
                 raise self.failure
         return self.net(x)
 
@@ -142,7 +143,7 @@ def test_memory_that_runs_out_once(tmp_path, data):
 
     module, callback, batches = make(1), flatness_callback(data=data, **WHOLE), loaders()
     end = end_of(seeded_fit(tmp_path, callback, module=module, data=batches, max_epochs=2), module)
-    assert module.counter["calls"] > 1
+    assert module.counter.calls > 1
     bare = make(0)
     assert_same(end, end_of(seeded_fit(tmp_path, module=bare, max_epochs=2), bare))
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, batches[data == "val"]))

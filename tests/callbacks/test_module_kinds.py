@@ -12,6 +12,7 @@ import lightning_flatness as lf
 from tests.callbacks.compare import assert_same, module_state
 from tests.callbacks.flatness_runs import assert_reports_equal, flatness_callback, run_without_a_trace
 from tests.callbacks.lightning_modules import CLASSES, Classifier, Net, TwoLayerNet, WithoutForward, loaders
+from tests.guarding import guards
 
 
 class Gan(L.LightningModule):
@@ -155,4 +156,40 @@ def with_lazy_head():
 def test_lazy_layers_that_get_their_shape_in_training(tmp_path, data):
     callback = flatness_callback(data=data)
     module = run_without_a_trace(tmp_path, with_lazy_head, callback, num_sanity_val_steps=0)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[data == "val"]))
+
+
+class BuiltInForward(Net):
+    """Changes itself in its first forward."""
+
+    def __init__(self, build):
+        super().__init__()
+        self.build, self.shift, self.head = build, 0, nn.Identity()
+
+    def forward(self, x):
+        if self.build is not None:
+            self.build(self)
+            self.build = None
+        return self.head(super().forward(x - self.shift))
+
+
+def shift(net):
+    del net.shift
+    net.register_buffer("shift", torch.rand(1))
+
+
+BUILDS = {
+    "hook": lambda net: net.head.register_forward_hook(lambda *args: args[-1] * 1.5),
+    "buffer": shift,
+    "head": lambda net: setattr(net, "head", nn.Linear(CLASSES, CLASSES)),
+}
+
+
+@guards("callbacks/flatness.py", "and not isinstance(error, UnbuiltError)", "", ids="train-head")
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_a_network_that_its_first_step_builds(tmp_path, data, build):
+    callback = flatness_callback(data=data)
+    make = lambda: Classifier(BuiltInForward(BUILDS[build]))  # noqa: E731
+    module = run_without_a_trace(tmp_path, make, callback, num_sanity_val_steps=0)
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[data == "val"]))

@@ -153,23 +153,3 @@ def test_float32_is_float32():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert {tuple(of_owners) for _, *of_owners in settings_inside} <= {("ieee",) * 4, (False,)}
-
-
-def test_what_a_forward_puts_into_lists_and_dictionaries_is_taken_out_again():
-    class Keeps(nn.Sequential):
-        def __init__(self):
-            super().__init__(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-            self.features, self.shapes = {"of": "the user"}, [1]
-            self.same = self.features  # two names of one dictionary
-            self[0].register_forward_hook(lambda module, args, out: self.features.update(first=out))
-
-        def forward(self, x):
-            self.shapes.append(x.shape)
-            return self[4](self[3](self[2](self[1](self[0](x) + 0 * self.same["first"]))))
-
-    model = Keeps()
-    features, shapes = model.features, model.shapes
-    lf.measure_flatness(model, [(torch.randn(4, 1, 8, 8), torch.arange(4) % 3)], layers="0")
-    assert model.features is model.same is features
-    assert model.shapes is shapes
-    assert (features, shapes) == ({"of": "the user"}, [1])

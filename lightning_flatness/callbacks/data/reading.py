@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 
 from lightning_flatness.callbacks.data.loaders import batch_size_of, is_indexed, keeps_order, sampler_of
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.model.attributes import attributes_kept
 from lightning_flatness.model.generators import drawing, generators_kept
-from lightning_flatness.model.isolation import attributes_kept, random_states_kept
+from lightning_flatness.model.isolation import random_states_kept
 
 if TYPE_CHECKING:
     from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer

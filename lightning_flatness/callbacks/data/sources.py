@@ -313,11 +313,8 @@ def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) 
     """Read one batch of the data to measure, before training begins and without changing the user's loader.
 
     Return its inputs and targets. Return None if this rank has no samples, if Lightning has not set up validation yet,
-    or if no batch can be read without iterating over the loader. Also return None if a parameter has no shape before
-    the first step (a lazy module).
+    or if no batch can be read without iterating over the loader.
     """
-    if any(map(nn.parameter.is_lazy, pl_module.parameters())):
-        return None
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return next(SeparateData(trainer, pl_module, wanted).rest(), None)
     if not trainer.enable_validation:

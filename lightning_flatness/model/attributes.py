@@ -1,0 +1,88 @@
+"""Put the attributes of modules and other objects back after a block of code."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COLLECTIONS = (list, dict, set, deque)  # and what is derived from them
+
+
+@contextmanager
+def attributes_kept(owners: Iterable[Any], most: float = math.inf) -> Iterator[None]:
+    """Replace tensors among the attributes of modules or other objects by copies; on leaving, restore all attributes.
+
+    Lists, dictionaries, sets and deques are not replaced, because a hook or another module may hold them, too. On
+    leaving, they get their entries back, at any depth. A module's parameters, buffers, submodules and hooks are in such
+    dictionaries. Tensors and collections with more than ``most`` entries are left alone.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> layer.seen = {"batches": []}
+        >>> with attributes_kept([layer]):
+        ...     layer.seen["batches"].append(1)
+        ...     layer.register_buffer("mask", torch.ones(3))
+        >>> layer.seen, list(layer.state_dict())
+        ({'batches': []}, ['weight', 'bias'])
+    """
+    objects = list(owners)
+    before = [dict(vars(one)) for one in objects]
+    collections = _entries_by_collection((value for attributes in before for value in attributes.values()), most)
+    try:
+        for one, attributes in zip(objects, before, strict=True):
+            for name, value in attributes.items():
+                if isinstance(value, Tensor) and value.numel() <= most:
+                    with torch.inference_mode(value.is_inference()):
+                        vars(one)[name] = value.detach().clone()
+        yield
+    finally:
+        for one, attributes in zip(objects, before, strict=True):
+            now = vars(one)
+            for name in [name for name in now if name not in attributes]:
+                del now[name]
+            now.update(attributes)
+        for collection, entries in collections:
+            _restore(collection, entries)
+
+
+def _entries_by_collection(values: Iterable[Any], most: float) -> list[tuple[Any, list[Any]]]:
+    """Return all collections among values and in them, each with a list of its entries; large ones are left out."""
+    found: dict[int, tuple[Any, list[Any]]] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, COLLECTIONS):
+            if id(value) not in found and len(value) <= most:
+                found[id(value)] = value, _entries(value)
+                waiting += found[id(value)][1]
+        elif isinstance(value, tuple):
+            waiting += value
+    return list(found.values())
+
+
+def _entries(collection: Any) -> list[Any]:
+    """Return the entries of a collection; of a dictionary the keys, followed by the values."""
+    return [*collection, *collection.values()] if isinstance(collection, dict) else [*collection]
+
+
+def _restore(collection: Any, entries: list[Any]) -> None:
+    """Give a collection the entries that :func:`_entries` has returned earlier; do nothing if it has them."""
+    now = _entries(collection)
+    if len(now) == len(entries) and all(map(is_, now, entries)):
+        return
+    collection.clear()
+    if isinstance(collection, dict):
+        half = len(entries) // 2
+        for key, value in zip(entries[:half], entries[half:], strict=True):
+            collection[key] = value
+    elif isinstance(collection, set):
+        collection.update(entries)
+    else:
+        collection.extend(entries)
