@@ -101,7 +101,7 @@ MEASURE = {
 @guards("measure/lambda_max.py", "with kept_switched(model), ", "with ", ids="Fused-lambda_max of batches")
 @guards("measure/side_by_side.py", "stack.enter_context(kept_switched(model))", "pass", ids="Fused-together")
 @guards("model.isolation:_tensors_kept", body="yield", ids="Merging-spectrum")
-@guards("model/isolation.py", "table.clear()", "pass", ids="Fused-flatness")
+@guards("model/attributes.py", "_restore(collection, entries)", "pass", ids="Fused-flatness")
 @guards("model/isolation.py", "tensor.requires_grad_(requires_grad)", "pass", ids="Merging-landscape")
 @pytest.mark.parametrize("what", MEASURE)
 @pytest.mark.parametrize("layer", [Merging, Fused])

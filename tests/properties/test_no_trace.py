@@ -98,7 +98,7 @@ def assert_unchanged(net, batch, before):
     "tensor.detach(), self._dtype_of(tensor))",
     ids="WritesWeights-nothing_happens",
 )
-@guards("model/isolation.py", "now.update(attributes)", "pass", ids="train_mode-nothing_happens")
+@guards("model/attributes.py", "now.update(attributes)", "pass", ids="train_mode-nothing_happens")
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_everything_is_as_it_was(model, event, batch):
