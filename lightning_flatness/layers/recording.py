@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.layers.convolution import CONVOLVING, Convolution, described, version_of
+from lightning_flatness.model.copy import FREEZING
 from lightning_flatness.model.isolation import float32_is_reduced
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.model.precision import HALF
@@ -325,7 +326,7 @@ def may_depend(func: Callable[..., Any], tensor: Tensor, arguments: tuple[Any, .
     too, if ``func`` is a function such as ``to`` that returns the tensor itself.
     """
     name, is_first = getattr(func, "__name__", ""), bool(arguments) and arguments[0] is tensor
-    if name in (LIKE_FIRST if is_first else LIKE_OTHER):
+    if name in (LIKE_FIRST if is_first else LIKE_OTHER) or func in FREEZING:
         return False
     if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any
@@ -55,7 +55,7 @@ class ModelCopy:
                 if id(tensor) not in self._copies:
                     self._copies[id(tensor)] = measured(tensor.detach(), self._dtype_of(tensor)).clone()
         kinds = {"cpu", *(copy.device.type for copy in self._copies.values())}
-        self._full_precision = WithoutAutocast(kinds.intersection(device_types()))
+        self._full_precision = _FullPrecision(kinds.intersection(device_types()))
         self._num_parameters = _num_parameters(model)
 
     def _dtype_of(self, tensor: Tensor) -> torch.dtype | None:
@@ -114,6 +114,7 @@ class ModelCopy:
         # tie_weights would replace its tensors twice, and not put the original ones back.
         try:
             self._full_precision.was_needed = False
+            self._full_precision.weights = {id(tensor) for tensor in substitutes.values()}
             with nullcontext() if self._as_it_runs else self._full_precision:
                 output = functional_call(
                     self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False
@@ -139,6 +140,25 @@ class ModelCopy:
             f"The model's forward makes or deletes parameters ({names}), so it is another network before its first "
             "call. Call the model once before it is measured."
         )
+
+
+class _FullPrecision(WithoutAutocast):
+    """Ignores, besides autocast, what the forward sets as ``requires_grad`` of tensors whose ``id`` is in ``weights``.
+
+    Fine-tuning code freezes weights in the forward. What is measured does not depend on which weights are trained.
+    """
+
+    weights: Collection[int] = ()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in FREEZING and id(args[0]) in self.weights:
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+FREEZING = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 
 
 def _num_parameters(model: nn.Module) -> int:

@@ -76,6 +76,13 @@ class LooksAtKernels(Plain):
         return super().before(x)
 
 
+class FreezesKernels(Plain):
+    def before(self, x):
+        self.conv.requires_grad_(False)
+        self.conv.weight.requires_grad = False
+        return super().before(x)
+
+
 class CopiesKernels(Plain):
     """In which a parameter goes another way than a tensor."""
 

@@ -13,7 +13,7 @@ from tests.guarding import guards
 OBSERVED = [
     "Plain", "Gate", "Mask", "Residual", "InPlaceActivation", "InPlaceResidual", "NumpyUpstream", "Checkpointed",
     "Branches", "NoGradUpstream", "WithoutClassifier", "ConvolutionalClassifier", "Dropouts", "EmbeddingsAfter",
-    "KeepsEmbeddings", "LooksAtKernels",
+    "KeepsEmbeddings", "LooksAtKernels", "FreezesKernels",
 ]  # fmt: skip
 NOT_OBSERVED = {
     "GateFromBefore": "Inference tensors cannot be saved for backward",
@@ -51,6 +51,7 @@ def test_every_network_is_tried():
 
 @guards("layers/live.py", "self._recorded is None or self._recorded.has_classifier", "True", ids="WithoutClassifier")
 @guards("layers/recording.py", "value.detach() if isinstance(value, Tensor) else value", "value", ids="KeepsEmbeddings")
+@guards("layers/recording.py", "or func in FREEZING", "", ids="FreezesKernels")
 @guards("layers/recording.py", "returned.clone() if returned.is_inference() else", "", ids="Plain")
 @pytest.mark.parametrize("name", OBSERVED)
 def test_network_that_can_be_observed(tmp_path, told, name):

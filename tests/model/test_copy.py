@@ -51,6 +51,54 @@ def test_autocast_in_one_call_is_not_told_of_the_next():
     assert told == [False, True, False]
 
 
+def by_method(layer):
+    layer.requires_grad_(False)
+
+
+def by_attribute(layer):
+    for parameter in layer.parameters():
+        parameter.requires_grad = False
+
+
+class FreezesInForward(nn.Module):
+    """Freezes its features in every forward, as fine-tuning code may do."""
+
+    def __init__(self, freeze):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Tanh())
+        self.head, self.freeze = nn.Linear(5, 4), freeze
+
+    def forward(self, x):
+        self.freeze(self.features)
+        return self.head(self.features(x).mean((2, 3)))
+
+
+FROZEN = {
+    "flatness": lambda net, *args: lf.measure_flatness(net, *args, layers="all").hessian_trace,
+    "lambda_max": lambda net, *args: lf.measure_lambda_max(net, *args)["features.2"].filter_lambda_max,
+    "spectrum": lambda net, *args: lf.hessian_spectrum(net, *args, num_steps=3, num_probes=1).eigenvalues,
+    "landscape": lambda net, *args: lf.loss_landscape(net, *args, steps=3).losses,
+}
+
+
+@guards("model/copy.py", "if func in FREEZING and id(args[0]) in self.weights", "if False", ids="flatness-by_method")
+@pytest.mark.parametrize("freeze", [by_method, by_attribute])
+@pytest.mark.parametrize("measure", FROZEN)
+def test_weights_that_the_forward_freezes_are_measured_and_stay_as_they_are(measure, freeze, batch):
+    net, plain = FreezesInForward(freeze), FreezesInForward(lambda layer: None)
+    plain.load_state_dict(net.state_dict())
+    assert_close(FROZEN[measure](net, [batch]), FROZEN[measure](plain, [batch]), rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_inputs_may_be_made_to_require_gradients():
+    class Energy(nn.Linear):
+        def forward(self, x):
+            return torch.autograd.grad(super().forward(x.requires_grad_()).sum(), x, create_graph=True)[0]
+
+    assert ModelCopy(Energy(3, 2))(torch.ones(4, 3)).shape == (4, 3)
+
+
 def test_tensors_that_are_no_numbers_keep_their_type():
     index = torch.tensor([1, 2])
     assert measured(index, torch.float64).dtype == torch.int64
