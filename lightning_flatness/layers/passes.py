@@ -164,6 +164,8 @@ class OwnPasses:
                 with isolated(self._model), self._finding(part.inputs), held:
                     if rows < samples or rows == 1:
                         self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
+                    if samples == 1:
+                        self._tensors = self._tensors.certified_pair(inputs, lambda one: logits_of(self._copy(one)))
                     result = run(part, tell)
             except _TooManySamplesError:
                 continue

@@ -83,7 +83,7 @@ def _classifier(traced: Trace) -> str | None:
     return last.name if is_linear or last.is_linear else None
 
 
-def _last(traced: Trace, classifier: str | None) -> str:
+def _last(traced: Trace, classifier: str | None, modules: Mapping[str, nn.Module]) -> str:
     """Return the name of the last convolution before the classifier, for ``layers="last"``.
 
     A linear layer over several positions (tokens) counts as a convolution of kernel size one. So in a vision
@@ -102,7 +102,22 @@ def _last(traced: Trace, classifier: str | None) -> str:
     where = f"before the classifier '{classifier}'" if classifier else "in the forward"
     raise LayerSelectionError(
         f"layers='last': no convolution runs {where}. Name a layer with layers=; there are {_listing(traced.names)}."
+        f"{_unregistered(modules)}"
     )
+
+
+def _unregistered(modules: Mapping[str, nn.Module]) -> str:
+    """Return a sentence on modules in a plain list or dictionary, which are no submodules; ``""`` if there are none."""
+    for name, module in modules.items():
+        for attribute, value in vars(module).items():
+            entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if any(isinstance(one, nn.Module) and one not in modules.values() for one in entries):
+                place = f"{name}.{attribute}" if name else attribute
+                return (
+                    f" The modules in the {type(value).__name__} '{place}' are no submodules of the model, so their "
+                    "layers are not found. Keep them in an nn.ModuleList or nn.ModuleDict."
+                )
+    return ""
 
 
 def _runs_later(hidden: HiddenCall, layer: str, layers: str) -> LayerSelectionError:
@@ -137,10 +152,13 @@ def _wanted(
             "TorchScript, pass the original module."
         )
     if not ran:
+        compiled = (
+            " If the model is a copy of a compiled model, it runs the layers of the original: copy the model before "
+            "you call torch.compile."
+        )
         raise LayerSelectionError(
-            f"The forward runs none of the model's convolutions and linear layers ({_listing(list(candidates))}). "
-            "If the model is a copy of a compiled model, it runs the layers of the original: copy the model before you "
-            "call torch.compile."
+            f"The forward runs none of the model's convolutions and linear layers ({_listing(list(candidates))})."
+            f"{_unregistered(modules) or compiled}"
         )
     if layers == "all":
         return ran
@@ -155,7 +173,7 @@ def _wanted(
             )
         return [classifier]
     if layers == "last":
-        return [_last(traced, classifier)]
+        return [_last(traced, classifier, modules)]
     patterns = [layers] if isinstance(layers, str) else layers
     matched = {name for pattern in patterns for name in _matched(plain_name(pattern), modules, candidates, traced)}
     idle = sorted(matched - set(ran))

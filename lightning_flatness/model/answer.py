@@ -47,7 +47,7 @@ class Answer:
         with suppress(Exception):  # the user's step is running, and must not fail here
             logits = any_logits_of(output).detach()
             self._precision, self._is_reduced = current_precision(), float32_is_reduced(logits.device)
-            self._logits = logits.clone()
+            self._logits, self._num_samples = logits.clone(), len(logits)
 
     def chosen(self, mask: Tensor) -> Answer:
         """Return the answer for the samples for which ``mask``, ``(N,)``, is True."""
@@ -68,7 +68,9 @@ class Answer:
         expected = self._logits[start : start + len(logits)].to(logits)
         allowed = ROUNDED if in_half else max(self._allowed_difference(), ROUNDINGS * torch.finfo(logits.dtype).eps)
         if expected.shape != logits.shape or not bool(_largest(logits - expected) <= allowed * _largest(expected)):
-            raise BatchError(OTHER_LOGITS + _overridden_call(type(self.network)))
+            apart = len(logits) != self._num_samples or len(logits) == 1
+            cause = OTHER_SAMPLES.format(self._num_samples, len(logits)) if apart else ""
+            raise BatchError(OTHER_LOGITS.format(cause) + _overridden_call(type(self.network)))
 
     def _allowed_difference(self) -> float:
         """Return how far logits of other passes may be off by rounding, relative to the largest logit of the call."""
@@ -103,9 +105,14 @@ OTHER_WEIGHTS = (
 )
 OTHER_LOGITS = (
     "The network returns other logits within the validation step than after it, on the same inputs in evaluation mode. "
-    "Either it is random in the step (e.g. dropout in training mode), or the step changes it for the time of the call: "
-    "modes, hooks, attributes or weights. So the network of the step cannot be measured. Make such changes in "
+    "{}Either it is random in the step (e.g. dropout in training mode), or the step changes it for the time of the "
+    "call: modes, hooks, attributes or weights. So the network of the step cannot be measured. Make such changes in "
     "on_validation_start, and take them back in on_validation_end."
+)
+OTHER_SAMPLES = (
+    "In the step it ran on {} samples at once, and here on {}. If its logits depend on the other samples of a batch, "
+    "e.g. on their mean, no sample can be measured apart: give batches that are measured as a whole (drop_last=True, "
+    "no max_samples=). Otherwise there is another cause. "
 )
 
 

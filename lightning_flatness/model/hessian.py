@@ -102,6 +102,7 @@ class LossCurvature:
                 if samples == 1:
                     one, targets = slice(0, 1), take(targets, slice(0, 1), 1)
                     self._tensors = self._tensors.certified(inputs, one, lambda part: logits_of(self._copy(part)))
+                    self._tensors = self._tensors.certified_pair(inputs, lambda part: logits_of(self._copy(part)))
                     inputs = self._tensors.take(inputs, one)
                 with torch.set_grad_enabled(vector is not None or not self._questioned):
                     logits = logits_of(self._copy(inputs, self._replacements))

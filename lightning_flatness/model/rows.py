@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class SampleTensors:
 
     has_rows: tuple[bool, ...] | None = None  # for each tensor in the inputs; None before the first batch
     is_certified: bool = False  # whether ``certified`` has checked ``has_rows``, or the inputs are a single tensor
+    is_pair_certified: bool = False  # whether ``certified_pair`` has checked a batch of one sample
 
     def narrowed(self, inputs: Any, samples: int) -> SampleTensors:
         """Return a record of which tensors have a row for every sample, in all batches so far and in ``inputs``.
@@ -123,7 +124,22 @@ class SampleTensors:
             if alone.shape != expected.shape or differ(alone, expected):
                 certify_deterministic(whole, logits_of(inputs))
                 raise BatchError(self._not_separable(inputs))
-        return SampleTensors(self.has_rows, is_certified=True)
+        return replace(self, is_certified=True)
+
+    def certified_pair(self, inputs: Any, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
+        """Return this record, marked as certified for batches of one sample, which run as pairs of equal samples.
+
+        ``inputs`` have one sample. Raise an error if the pair has other logits than the sample has by itself. If this
+        record is marked already, nothing runs.
+        """
+        if self.is_pair_certified:
+            return self
+        with torch.no_grad():
+            alone, pair = logits_of(inputs), logits_of(self.take(inputs, slice(0, 1)))
+            if pair.shape != alone.expand(2, -1).shape or differ(pair, alone.expand(2, -1)):
+                certify_deterministic(alone, logits_of(inputs))
+                raise BatchError(OTHER_AS_A_PAIR)
+        return replace(self, is_pair_certified=True)
 
     def _not_separable(self, inputs: Any) -> str:
         if not any(self.has_rows or ()):
@@ -145,6 +161,14 @@ class SampleTensors:
             "batch_fn=). If the samples depend on each other, no sample has a loss of its own, and the network cannot "
             "be measured."
         )
+
+
+OTHER_AS_A_PAIR = (
+    "A batch has one sample, which is measured as a pair of equal samples, and the network gives this pair other "
+    "logits. So its logits depend on the number of samples in a batch, e.g. because the forward takes a standard "
+    "deviation over the batch. Give batches of several samples (drop_last=True, another max_samples=), or let the "
+    "forward treat every sample by itself."
+)
 
 
 def _cut(tensor: Tensor, rows: slice | Tensor) -> Tensor:

@@ -122,6 +122,21 @@ def test_a_step_that_changes_the_network_is_refused(tmp_path, step, live):
         validate(tmp_path, step(network), lf.FlatnessCallback(live=live))
 
 
+class Centred(networks.Plain):
+    """Subtracts the mean of all samples of the batch."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+@guards("model/answer.py", "if apart else", "if False else")
+@pytest.mark.parametrize("live", [True, False])
+def test_samples_that_depend_on_others_are_the_first_cause_to_look_for(tmp_path, live):
+    told = r"other logits .*ran on 8 samples at once, and here on 5. If its logits depend.*no max_samples=.*random"
+    with pytest.raises(lf.BatchError, match=told):
+        validate(tmp_path, Module(Centred()), lf.FlatnessCallback(live=live, max_samples=12))
+
+
 class MovingAverage(networks.Plain):
     """Divides by an average that every call moves, as the observers of fake quantization do."""
 

@@ -48,6 +48,31 @@ def test_only_convolution_is_the_classifier():
     refused(lf.LayerSelectionError, "no convolution runs before the classifier '1'.*there are '1'", net)
 
 
+class Plainly(nn.Module):
+    """Keeps modules in a plain list or dictionary."""
+
+    def __init__(self, features, head=None):
+        super().__init__()
+        self.other, self.features, self.head = nn.Linear(2, 2), features, head or nn.Identity()
+
+    def forward(self, x):
+        (features,) = self.features.values() if isinstance(self.features, dict) else self.features
+        return self.head(features(x))
+
+
+@guards("layers/selection.py", "_unregistered(modules) or compiled", "compiled", ids="list")
+@guards("layers/selection.py", 'f"{_unregistered(modules)}"', '""', ids="dict")
+@pytest.mark.parametrize("kept", ["list", "dict", "tuple"])
+def test_modules_that_are_not_registered(kept):
+    features = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    keep = {"list": lambda net: [net], "dict": lambda net: {"a": net}, "tuple": lambda net: (net,)}[kept]
+    told = f"modules in the {kept} 'features' are no submodules.*nn.ModuleList or nn.ModuleDict"
+    net = Plainly(keep(features), nn.Linear(6, 4))
+    refused(lf.LayerSelectionError, f"no convolution runs before the classifier 'head'.*{told}", net)
+    refused(lf.LayerSelectionError, f"runs none of .*{told}", Plainly(keep(features.append(nn.Linear(6, 4)))))
+    refused(lf.LayerSelectionError, "(?s)^(?!.*no submodules)", nn.Sequential(nn.Flatten(), nn.Linear(72, 4)))
+
+
 def test_layer_that_never_runs():
     message = "does not run 'idle' on the first samples.*select only layers that run on all samples"
     refused(lf.LayerSelectionError, message, layers=["conv", "idle"])

@@ -205,3 +205,34 @@ def test_inputs_without_rows_are_named(pack, kind, monkeypatch):
         lf.BatchError, match=rf"^No tensor in the inputs of the network \({kind}\) has a row .*batch_fn="
     ):
         lf.measure_flatness(Unpacking().double(), [((pack(x),), y)], layers="conv")
+
+
+class Standardised(nn.Module):
+    """Divides by a standard deviation over all samples of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.conv((x - x.mean()) / x.std()).relu().mean((2, 3)))
+
+
+@guards("layers/passes.py", "if samples == 1", "if False", ids="flatness")
+@guards("model.rows:SampleTensors.certified_pair", body="return self", ids="spectrum")
+@pytest.mark.parametrize("what", ["flatness", "lambda_max", "spectrum"])
+def test_a_sample_with_other_logits_as_a_pair_is_refused(what):
+    net, x, y = Standardised().double(), torch.randn(7, 3, 4, 4).double(), torch.arange(7) % 3
+    for batches in ([(x[:1], y[:1])], [(x[:6], y[:6]), (x[6:], y[6:])]):
+        with pytest.raises(lf.BatchError, match="one sample, .* a pair.*other logits.*drop_last"):
+            MEASURE[what](net, batches)
+
+
+def test_a_single_sample_is_compared_with_its_pair_once(monkeypatch):
+    counts = []
+    monkeypatch.setattr(
+        Standardised, "forward", lambda self, x: counts.append(len(x)) or self.head(self.conv(x).mean((2, 3)))
+    )
+    net, x, y = Standardised(), torch.randn(4, 3, 4, 4), torch.arange(4) % 3
+    lf.measure_flatness(net, [(x[i : i + 1], y[i : i + 1]) for i in range(4)])
+    assert counts.count(1) == 1
