@@ -270,7 +270,8 @@ class FlatnessCallback(FlatnessHistory):
                     with asked.explaining():
                         self._certify(network, asked.samples(call or asked.own_call()))
         if self._running is not None:
-            self._running.release()
+            network, failed = self._network or Network(pl_module), self._errors.pending is not None
+            self._running.end_step(network, batch, batch_idx, dataloader_idx, failed)
         self._stop_watching()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -284,10 +285,7 @@ class FlatnessCallback(FlatnessHistory):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In a fit without validation, measure the training data, or the data that the user gives.
-
-        The LightningModule may not have logged its accuracy yet, so the accuracy is added to the record later.
-        """
+        """In a fit without validation, measure the training data or the user's own; add the module's accuracy later."""
         if self._data_name != "val" and not trainer.enable_validation:
             self._start(trainer, pl_module, None, [])
             self._finish(trainer, pl_module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -12,8 +13,8 @@ from lightning_flatness.callbacks.network import Network
 from lightning_flatness.callbacks.running import NotCalledError, PassesOfRun, Running
 from lightning_flatness.errors import BatchError, naming
 from lightning_flatness.measure.measurement import Measurement
-from lightning_flatness.measure.ranks import gather
-from lightning_flatness.measure.samples import deviations_of
+from lightning_flatness.measure.ranks import gather, num_ranks
+from lightning_flatness.measure.samples import FIRST_SAMPLES, deviations_of
 from lightning_flatness.model.call import Call
 from lightning_flatness.results import FlatnessReport
 
@@ -40,6 +41,7 @@ class Validation:
         self._sources, self._passes, self._measurement_of = sources, passes, measurement_of
         self._running: dict[int, Running] = {}
         self._left_out: dict[int, str] = {}  # loaders that cannot be measured, and why
+        self._absent: set[int] = set()  # loaders for whose spread this rank has given no samples
 
     def before_step(self, asked: Asked, network: Network, loader: int) -> None:
         """Start to record the network's call on a batch that is about to be validated."""
@@ -66,6 +68,20 @@ class Validation:
                 if loader == 0 or asked is None or (asked.targets is not None and not is_unused):
                     raise
                 self._left_out[loader] = str(error)
+
+    def end_step(self, network: Network, batch: Any, batch_idx: int, loader: int, failed: bool) -> None:
+        """Remove hooks from the network. On a rank that has failed, also take part in the collective for the spread.
+
+        A failed rank does so when the other ranks do. If it went on without, it would wait for the others in a
+        collective of Lightning or of the user, while they wait for this rank.
+        """
+        source = self._sources[loader if len(self._sources) > 1 else 0]
+        due = source.num_due(batch, batch_idx) * num_ranks(sync=True) >= FIRST_SAMPLES
+        if failed and (due or source.is_last(batch_idx)):
+            self._take_spread(loader, network)
+        if isinstance(source, SeparateData):
+            source.num_validated += 1
+        self.release()
 
     def measure_rest(self, network: Network) -> None:
         """Measure the samples that remain in the sources when all batches have been validated."""
@@ -97,8 +113,9 @@ class Validation:
         try:
             measurement = self._of(loader, network).measurement
         except Exception as error:
-            if self._waits:
+            if self._waits and loader not in self._absent:
                 deviations_of([], sync=True)
+            self._absent.add(loader)
             return error
         measurement.take_spread()
         return None

@@ -24,11 +24,23 @@ def val_with_nan(position):
 NAN_AT = {"first batch": 3, "last batch": 21}
 
 
-def nan_on_rank_1(where, callback):
+class Synced(Classifier):
+    """Its accuracy is that of all ranks, so Lightning makes them wait for each other when it is logged."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_acc", (self.net(x).argmax(1) == y).double().mean(), sync_dist=True, **self.options)
+
+
+def nan_on_rank_1(where, callback, module_class=Classifier):
     """The error on a rank, if any, the warnings and what is logged and left behind."""
     seed_everything()
     callbacks = [] if callback is None else [callback()]
-    module, trainer = Classifier(), trainer_on_ranks(*callbacks)
+    module, trainer = module_class(), trainer_on_ranks(*callbacks)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         error = None
@@ -51,6 +63,30 @@ for where in NAN_AT:
             nan_on_rank_1, where, lambda choice=choice: lf.FlatnessCallback(summary=False, on_error=choice)
         )
     SCENARIOS[f"NaN in the {where}, without"] = partial(nan_on_rank_1, where, None)
+
+
+SYNCED = {
+    "synced in every epoch": Synced,
+    "synced in every step": partial(Synced, on_step=True, on_epoch=True),
+}
+OWN = DataLoader(TensorDataset(*dataset(22, seed=1).tensors), 4)
+
+
+def fails_on_rank_1(batch):
+    if rank() == 1:
+        raise ArithmeticError("of rank 1")
+    return batch
+
+
+for logs, kind in SYNCED.items():
+    for choice in ("raise", "warn"):
+        for name, options in {"val": {}, "own data": {"data": OWN, "batch_fn": fails_on_rank_1}}.items():
+            SCENARIOS[f"{name}, {logs}, {choice}"] = partial(
+                nan_on_rank_1,
+                "first batch",
+                lambda choice=choice, options=options: lf.FlatnessCallback(summary=False, on_error=choice, **options),
+                kind,
+            )
 
 
 class FailsOnRank1(Classifier):

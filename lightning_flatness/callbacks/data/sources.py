@@ -212,6 +212,10 @@ class ValidationBatches:
         """Return whether this batch is the last one; False if the number of batches is unknown."""
         return batch_idx + 1 >= self._num_batches
 
+    def num_due(self, batch: Any, batch_idx: int) -> int:
+        """Return about how many samples of this rank have been validated after a batch, if no step has failed."""
+        return (batch_idx + 1) * num_rows(batch)
+
     def mask(self, samples: Samples, batch_idx: int) -> Tensor:
         """Return a Boolean mask ``(N,)`` that is True for the samples to measure in a validated batch."""
         rows = num_rows(*samples)
@@ -255,9 +259,9 @@ class SeparateData:
         self._batches = subset.batches(pl_module)
         self._num_batches = subset.num_batches
         self._num_read = 0
-        self._num_validated = 0
+        self.num_validated = 0  # number of validated batches before the latest one
         self._share, self._is_indexed = share, subset.is_indexed
-        self._batch_rows: int | None = None  # size of the first batch
+        self._batch_rows = 0  # size of the first batch
         # Positions of the latest samples among those of all ranks; None if the ranks take turns sample by sample.
         self.positions: Tensor | None = None
         in_turn = loaders_in_turn(trainer, loaders)
@@ -265,16 +269,20 @@ class SeparateData:
         self._num_to_validate = sum(num_batches) if in_turn and all(map(is_indexed, in_turn)) else 1
 
     def is_last(self, batch_idx: int) -> bool:
-        """Return whether :meth:`after_step` has returned the last part, so that no samples follow."""
-        return self._num_validated >= self._num_to_validate
+        """Return whether this is the last validated batch, so that :meth:`after_step` returns the last part."""
+        return self.num_validated + 1 >= self._num_to_validate
+
+    def num_due(self, batch: Any, batch_idx: int) -> int:
+        """Return about how many samples of this rank have been read after a validated batch, if no step has failed."""
+        return self._batches_due() * (self._batch_rows or num_rows(batch))
 
     def after_step(self) -> Iterator[Samples]:
         """Return an iterator over the next part of this source's samples. Call this once after each validated batch."""
-        self._num_validated += 1
-        fraction = self._num_validated / self._num_to_validate
-        if fraction >= 1:
-            return self.rest()
-        return self._read_until(0 if math.isinf(self._num_batches) else math.ceil(self._num_batches * fraction))
+        return self.rest() if self.is_last(self.num_validated) else self._read_until(self._batches_due())
+
+    def _batches_due(self) -> int:
+        fraction = (self.num_validated + 1) / self._num_to_validate
+        return 0 if math.isinf(self._num_batches) else math.ceil(self._num_batches * fraction)
 
     def rest(self) -> Iterator[Samples]:
         """Return an iterator over the samples that were not read yet. Without validation, these are all samples."""
