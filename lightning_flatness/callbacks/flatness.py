@@ -338,6 +338,7 @@ class FlatnessCallback(FlatnessHistory):
         values = labels.values_of_loaders(self.reports, self._measures)
         record = logged.record_of(trainer, values | {"seconds": seconds})
         logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._charted_measure))
+        logged.tell_of_loaders(trainer, self.prefix, self._charted_measure, self.reports)
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 
     def _release(self) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_flatness.callbacks.labels import numbers_of
@@ -16,6 +16,7 @@ from lightning_flatness.callbacks.lightning_imports import LightningModule, Trai
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.model.modules import every_module
+from lightning_flatness.results import FlatnessReport
 
 LOGGING = ("log", "log_dict")
 
@@ -53,10 +54,14 @@ def accuracy_of(metrics: Mapping[str, Any], name: str | None) -> float | None:
 
 
 def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) -> None:
-    """Log values under ``prefix``. The values must be the same on all ranks."""
+    """Log values under ``prefix``. The values must be the same on all ranks.
+
+    Those of further loaders come first: in the table of ``Trainer.validate``, Lightning drops the ends of their keys,
+    and shows the values that come last in the columns of all loaders.
+    """
     device = pl_module.device
     kind = torch.float64 if measuring_device(device) == device else torch.float32
-    for key, value in values.items():
+    for key, value in sorted(values.items(), key=lambda item: "/dataloader_idx_" not in item[0]):
         pl_module.log(
             f"{prefix}/{key}",
             torch.tensor(value, dtype=kind, device="cpu"),
@@ -109,6 +114,16 @@ def log_again(
     """After a resume, log the last record again, so that callbacks that monitor one of its keys find a value."""
     if f"{prefix}/{measure}" not in trainer.callback_metrics:
         log(pl_module, prefix, logged_values(history[-1], history, measure))
+
+
+def tell_of_loaders(trainer: Trainer, prefix: str, measure: str, reports: Mapping[int, FlatnessReport]) -> None:
+    """Before ``Trainer.validate`` or ``test`` prints its table, tell the measure of each of several loaders."""
+    if trainer.state.fn != "fit" and len(reports) > 1:
+        each = ", ".join(f"{getattr(report, measure):.4g} for loader {index}" for index, report in reports.items())
+        rank_zero_info(
+            f"FlatnessCallback: '{prefix}/{measure}' is {each}. Lightning's table shows the values of loader 0 in the "
+            "columns of all loaders."
+        )
 
 
 def log_failure(pl_module: LightningModule, prefix: str, earlier: Mapping[str, float]) -> None:

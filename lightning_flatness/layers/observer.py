@@ -27,6 +27,7 @@ from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.layers.sums import LayerStatistics, LayerSums, added, layer_sums, outcomes_of_pass
 from lightning_flatness.layers.trial import Observable, repeated, try_observing
 from lightning_flatness.layers.waiting import WaitingSamples
+from lightning_flatness.model.answer import certify_unchanged
 from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import without_wrapper
@@ -39,7 +40,7 @@ Result = TypeVar("Result")
 
 
 class FlatnessObserver:
-    """Computes the block traces of one model's layers, batch by batch. The weights must not change between batches.
+    """Computes the block traces of one model's layers, batch by batch; make a new one when the weights have changed.
 
     The first call selects the layers. It certifies whether the closed form, a formula for the whole Hessian, holds for
     each layer. Other layers are measured by the Gauss-Newton method. This method is exact if the logits are affine in
@@ -76,6 +77,7 @@ class FlatnessObserver:
         self._deviations: Mapping[str, Tensor] = {}
         self._weightings: dict[str, Weighting] = {}  # keyed by layer name, made when first needed
         self._num_seen = 0
+        self._weights: Mapping[torch.device, Tensor] | None = None  # a sample of the weights at the first batch
 
     @property
     def layers(self) -> dict[str, LayerInfo]:
@@ -100,6 +102,7 @@ class FlatnessObserver:
                 raises an error.
             advance: a function that is called with the fraction of the batch that is done.
         """
+        self._weights = certify_unchanged(self._model, self._weights)
         return self._statistics(self.sums(inputs, targets, advance))
 
     def waiting(

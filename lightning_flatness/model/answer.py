@@ -93,8 +93,28 @@ def certify_weights(call: Call | None) -> None:
     now = None if answer is None or before is None else weights_sample(answer.network)
     if before is None or now is None:
         return
-    if now.keys() != before.keys() or not all(torch.equal(sample, now[device]) for device, sample in before.items()):
+    if not _same(before, now):
         raise BatchError(OTHER_WEIGHTS)
+
+
+def certify_unchanged(
+    network: nn.Module, before: Mapping[torch.device, Tensor] | None
+) -> Mapping[torch.device, Tensor] | None:
+    """Return ``before``, which :func:`weights_sample` has returned earlier, or a first sample if it is None.
+
+    Raise a :class:`BatchError` if the network has other weights now.
+    """
+    now = weights_sample(network)
+    if now is not None and before is not None and not _same(before, now):
+        raise BatchError(
+            "The weights have changed since the first batch, and this FlatnessObserver knows the earlier ones. Make a "
+            "new one for every measurement, e.g. in on_validation_epoch_start, and reset the metrics that it updates."
+        )
+    return before or now
+
+
+def _same(before: Mapping[torch.device, Tensor], now: Mapping[torch.device, Tensor]) -> bool:
+    return now.keys() == before.keys() and all(torch.equal(sample, now[device]) for device, sample in before.items())
 
 
 OTHER_WEIGHTS = (

@@ -258,3 +258,18 @@ def test_a_rank_without_samples_does_not_matter():
 def test_numbers_that_are_not_whole(arguments):
     with pytest.raises(lf.FlatnessError, match=f"{list(arguments)[-1]}=.* must be a whole number"):
         lf.FlatnessMetric(**arguments)
+
+
+@guards("model.answer:certify_unchanged", body="return before")
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("change", ["a kernel", "the classifier"])
+def test_an_observer_is_for_one_network(batches, change):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    observer, x = lf.FlatnessObserver(net), torch.randn(5, 1, 8, 8)
+    for _ in range(batches):
+        observer(x)
+    with torch.no_grad():
+        net[0 if change == "a kernel" else 4].weight.mul_(1.1)
+    with pytest.raises(lf.BatchError, match="weights have changed.*FlatnessObserver.*a new one for every measurement"):
+        observer(x)
+    lf.FlatnessObserver(net)(x)
