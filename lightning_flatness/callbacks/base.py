@@ -235,11 +235,11 @@ class MeasuringCallback(Callback):
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
         self._stop_watching()  # an earlier step may have raised an error
         is_late = self._was_unseen and is_sought(self._network)  # a call in this step is then compared with the batch
-        self._asked = self._wanted.before_step(batch, pl_module, copies=not self._follows_steps or is_late)
+        is_measured = self._wanted.measures(pl_module.trainer)
+        self._asked = self._wanted.before_step(batch, pl_module, not self._follows_steps or is_late, is_measured)
         if is_sought(self._network) and is_watchable(pl_module):
             step = "training" if pl_module.trainer.training else "validation"
-            self._watch = StepWatch(pl_module, named_network(pl_module, self.model), step)
-            self._watch.__enter__()
+            self._watch = StepWatch(pl_module, named_network(pl_module, self.model), step).__enter__()
         return self._asked
 
     def _stop_watching(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -50,7 +51,7 @@ def compare(
         batches: data to measure the models on, in the same formats as for
             :func:`~lightning_flatness.measure_flatness`. They are read once for all models. Their first batch is read
             once more for each model with BatchNorm, unless they are an iterator.
-        data: description of ``batches``: ``"train"``, ``"val"`` or a text.
+        data: description of ``batches``, and of the data of reports that have none: ``"train"``, ``"val"`` or a text.
         train_batches: training data, to measure the training loss of the models; not needed with ``data="train"``.
         train_losses: training losses that are known already, as numbers or as reports on training data.
         outcome: for each model, a number that flatness is expected to predict, such as a generalization gap or a test
@@ -90,7 +91,11 @@ def compare(
     losses = {name: _loss_of(name, loss) for name, loss in _by_name("train_losses", train_losses, given).items()}
 
     measured = {} if batches is None else measured_together(networks, batches, data, progress, options)
-    reports = {name: model for name, model in (given | measured).items() if isinstance(model, FlatnessReport)}
+    reports = {
+        name: model if model.data else replace(model, data=data)
+        for name, model in (given | measured).items()
+        if isinstance(model, FlatnessReport)
+    }
     is_paired = are_paired(list(reports.values()), together=same_samples or len(measured) == len(given))
     covariances = covariances_of(list(reports.values()), is_paired)
     rows = {}

@@ -161,6 +161,8 @@ def test_training_losses_are_measured_or_given():
         lf.compare(reports, train_losses=expected),
         lf.compare(nets, [train], layers="0", data="train"),
         lf.compare({name: replace(report, data="train") for name, report in of_training.items()}),
+        lf.compare(of_training, data="train"),
+        lf.compare({"a": of_training["a"], "b": nets["b"]}, [train], layers="0", data="train"),
     ):
         assert [row.train_loss for row in found.models.values()] == pytest.approx(expected, rel=1e-6)
         assert "train_loss_unknown" not in {caution.kind for caution in found.cautions}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,20 +62,25 @@ class Wanted:
         """Split a batch into ``(inputs, targets)``, with ``batch_fn`` if there is one."""
         return split_batch(batch) if self.batch_fn is None else split_by(self.batch_fn, batch)
 
-    def before_step(self, batch: Any, model: nn.Module, copies: bool = False) -> Asked:
+    def measures(self, trainer: Trainer) -> bool:
+        """Return whether the batches of the current loop, training or validation, are those to measure."""
+        return isinstance(self.data, str) and self.data == ("train" if trainer.training else "val")
+
+    def before_step(self, batch: Any, model: nn.Module, copies: bool = False, is_measured: bool = True) -> Asked:
         """Read inputs and targets from a batch before the step that gets it, because the step may change them.
 
-        If ``copies``, also copy the inputs. Targets are always copied.
+        If ``copies``, also copy the inputs. Targets are always copied. On a batch that is not measured, ``batch_fn``
+        may fail.
         """
         if _is_empty(batch):
             return Asked(None, None, is_empty=True)
         if self.batch_fn is not None:
-            with random_states_kept(model):
+            with nullcontext() if is_measured else suppress(BatchError), random_states_kept(model):
                 inputs, targets = self.split(map_tensors(batch, torch.clone))
-            is_empty = inputs is None and targets is None
-            return Asked(inputs, targets, copied=inputs, is_given=inputs is not None, is_empty=is_empty)
+                is_empty = inputs is None and targets is None
+                return Asked(inputs, targets, copied=inputs, is_given=inputs is not None, is_empty=is_empty)
         try:
-            inputs, why = self.split(batch)[0], ""
+            inputs, why = split_batch(batch)[0], ""
         except BatchError as error:
             inputs, why = None, str(error)
         targets = targets_of(batch)

@@ -12,7 +12,7 @@ from lightning_flatness.callbacks.data.stratified import choose, labels_of
 from lightning_flatness.measure.batches import split_batch
 from lightning_flatness.model.call import as_call
 from tests.callbacks.flatness_runs import MONITOR, Recorder, Stream, expected, fit, flatness_callback
-from tests.callbacks.lightning_modules import Classifier, Net, dataset, loaders
+from tests.callbacks.lightning_modules import Classifier, Net, dataset, loaders, quiet_trainer
 from tests.guarding import guards
 
 
@@ -286,6 +286,44 @@ def test_targets_of_batch_fn_may_have_the_order_of_the_step():
     x, y = dataset(8)[:]
     asked = Wanted("val", None, lambda batch: (None, batch[1].flip(0))).before_step((x, y), Net())
     assert torch.equal(asked.samples(as_call(x.flip(0)))[1], y.flip(0))
+
+
+class Named(Dataset):
+    """Training samples with names; those of validation have none."""
+
+    def __init__(self):
+        self.pairs = dataset(16)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        pixels, species = self.pairs[index]
+        return {"pixels": pixels, "species": species, "id": index}
+
+
+class TrainsOnNamed(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch["pixels"], batch["species"]), batch_idx)
+
+
+@guards("callbacks/data/sources.py", "nullcontext() if is_measured else suppress(BatchError)", "nullcontext()", ids="2")
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_batch_fn_need_not_fit_batches_that_are_not_measured(tmp_path, sanity):
+    def split(batch):
+        return batch["pixels"], batch["species"]
+
+    options = {"batch_fn": split, "summary": False}
+    callbacks = [
+        lf.FlatnessCallback(data="train", **options),
+        lf.SpectrumCallback(num_probes=0, top_k=1, max_products=3, batch_fn=split),
+        lf.LandscapeCallback(steps=3, batch_fn=split),
+    ]
+    trainer = quiet_trainer(tmp_path, *callbacks, num_sanity_val_steps=sanity, max_epochs=1)
+    trainer.fit(TrainsOnNamed(), DataLoader(Named(), 8), DataLoader(dataset(8, 1), 8))
+    assert [len(callback.history) for callback in callbacks] == [1, 1, 1]
+    with pytest.raises(lf.BatchError, match="batch_fn= fails"):
+        fit(tmp_path, lf.FlatnessCallback(**options))
 
 
 @pytest.mark.parametrize("data", ["val", "train"])
