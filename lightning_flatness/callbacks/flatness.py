@@ -13,7 +13,7 @@ from lightning_flatness.callbacks.averaging import warn_of_initial_weights
 from lightning_flatness.callbacks.data.loaders import flat_loaders, validated_loaders
 from lightning_flatness.callbacks.data.sources import Samples, first_samples, sources_of
 from lightning_flatness.callbacks.flatness_history import FlatnessHistory
-from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.network import Network, is_sought
 from lightning_flatness.callbacks.running import PassesOfRun
 from lightning_flatness.callbacks.stopwatch import Stopwatch, in_words
@@ -330,9 +330,10 @@ class FlatnessCallback(FlatnessHistory):
         self.reports = labels.with_data(reports, self._data_name, trainer.testing, seconds)
         self.report = self.reports[0]
         self.num_measurements += 1
-        if self.num_measurements == 1 and (trainer.state.fn != "fit" or trainer.enable_validation):
+        if self.num_measurements == 1 and (trainer.enable_validation or trainer.state.fn != "fit"):
             samples = [report.num_samples for report in self.reports.values()]
-            rank_zero_info(f"FlatnessCallback: {in_words(seconds, self._stopwatch.since_start, samples)}.")
+            clocks = [one._stopwatch for one in callbacks_of(trainer) if isinstance(one, FlatnessCallback)]
+            rank_zero_info(f"FlatnessCallback: {in_words(seconds, self._stopwatch.rest(clocks), samples)}.")
         infos = {loader: [layer.info for layer in report.layers.values()] for loader, report in self.reports.items()}
         self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
         values = labels.values_of_loaders(self.reports, self._measures)

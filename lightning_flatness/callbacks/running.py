@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_flatness.callbacks.data.sources import Asked, SeparateData, ValidationBatches
@@ -37,6 +37,16 @@ class PassesOfRun:
         self.possible = possible
         self.example: tuple[Call, Tensor | None] | None = None
         self._told: str | None = None
+        self._told_of_targets = False
+
+    def tell_of_targets(self, reason: str) -> None:
+        """Warn once in a run that the batches have no targets, for a given reason, so that the loss is not known."""
+        if not self._told_of_targets:
+            rank_zero_warn(
+                f"FlatnessCallback finds no targets in a batch, so the loss and 'top1' are not logged. {reason} "
+                "batch_fn=lambda batch: (None, targets) gives the targets alone."
+            )
+        self._told_of_targets = True
 
     def keep_example(self, call: Call, targets: Tensor | None) -> None:
         """Store the first samples of a call as the example, if there is none yet and the call has several samples."""
@@ -174,6 +184,8 @@ class Running:
         if samples[0] is not call and self._observes:
             self._rule_out("batch_fn= gives other inputs than the validation step")
         self._passes.keep_example(*samples)
+        if samples[1] is None and asked.why_no_targets:
+            self._passes.tell_of_targets(asked.why_no_targets)
         mask = self.source.mask(samples, batch_idx)
         with asked.explaining():
             if not mask.all():

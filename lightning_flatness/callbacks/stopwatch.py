@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,6 +58,14 @@ class Stopwatch:
         """Seconds since the creation of this stopwatch."""
         return time.perf_counter() - self.start
 
+    def rest(self, clocks: Iterable[Stopwatch]) -> float:
+        """Return the seconds since the creation of this stopwatch, less those that stopwatches have added up.
+
+        ``clocks`` are this stopwatch and others. One that began more than a second earlier belongs to an earlier
+        validation, and does not count.
+        """
+        return self.since_start - sum(one.seconds() for one in clocks if one.start > self.start - 1)
+
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
     """Record an event in the current stream of a CUDA device, and return it. Return None for other devices."""
@@ -68,24 +76,24 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def in_words(seconds: float, whole: float, samples: Sequence[int]) -> str:
+def in_words(seconds: float, rest: float, samples: Sequence[int]) -> str:
     """Return a text on how long measuring took, compared with the rest of the validation.
 
     If measuring took long, the text suggests a number for ``max_samples=``, unless this would be below ``FEWEST``.
 
     Args:
         seconds: time that measuring took.
-        whole: time of the whole validation, measuring included.
+        rest: time that the validation took without measuring.
         samples: number of measured samples of each loader.
 
     Example:
-        >>> in_words(3.1, 28.1, [5000])
+        >>> in_words(3.1, 25.0, [5000])
         'measuring 5,000 samples took 3.1 s beside a validation of 25 s (+12 %)'
-        >>> in_words(10.0, 20.0, [5000])
+        >>> in_words(10.0, 10.0, [5000])
         'measuring 5,000 samples took 10 s beside a validation of 10 s (+100 %); max_samples=500 would make it +10 %'
     """
     total = sum(samples)
-    rest = max(whole - seconds, 1e-9)
+    rest = max(rest, 1e-9)
     share = 100 * seconds / rest
     sentence = (
         f"measuring {total:,} samples took {duration(seconds)} beside a validation of {duration(rest)} (+{share:.0f} %)"
