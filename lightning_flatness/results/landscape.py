@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -67,6 +67,8 @@ class LandscapeResult(Record):
         >>> loaded.losses.shape, bool((loaded.losses == result.losses).all())
         (torch.Size([3, 3]), True)
     """
+
+    _short: ClassVar[tuple[str, ...]] = ("coordinates", "losses", "accuracies")
 
     axes: tuple[str, ...]
     coordinates: tuple[Tensor, ...]

@@ -74,7 +74,7 @@ class SpectrumResult(Record):
         1.0
     """
 
-    _short: ClassVar[tuple[str, ...]] = ("eigenvalues", "residuals")
+    _short: ClassVar[tuple[str, ...]] = ("eigenvalues", "residuals", "ritz_values", "ritz_weights")
 
     eigenvalues: Tensor
     eigenvectors: Tensor

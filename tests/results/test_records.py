@@ -82,7 +82,9 @@ def test_tensors_are_in_the_dict_if_asked_for():
     assert found["layers"]["2"]["block_traces"] == report.layers["2"].block_traces.tolist()
     result = spectrum()
     assert result.to_dict()["eigenvalues"] == result.eigenvalues.tolist()
-    assert landscape().to_dict(tensors=True)["losses"][0][:2] == [None, None]
+    assert result.to_dict()["ritz_weights"] == result.ritz_weights.tolist()
+    assert landscape().to_dict()["losses"][0][:2] == [None, None]
+    assert len(landscape().to_dict()["coordinates"]) == 2
 
 
 class Frame:
