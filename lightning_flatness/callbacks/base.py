@@ -147,8 +147,8 @@ class MeasuringCallback(Callback):
         self._release()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history unless a checkpoint has restored one. Check that ``model=`` names a network."""
-        if not self._is_restored:
+        """Start a new history unless the fit continues an earlier one. Check that ``model=`` names a network."""
+        if not self._is_restored and trainer.global_step == 0:
             self.history = []
         if not self.history:
             warn_of_traps(trainer, self.prefix, self._errors.on_error)

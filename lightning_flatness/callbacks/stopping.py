@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -152,7 +152,13 @@ class FlatnessStopping(EarlyStopping):
             watched.best, watched.wait_count = state["best"], state["wait_count"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise an error if the fit has validations, but a monitored key is measured only at the end of epochs."""
+        """Forget an earlier training, unless the fit continues it. Refuse keys that are logged too late.
+
+        Raise an error if the fit has validations, but a monitored key is measured only at the end of epochs.
+        """
+        if trainer.ckpt_path is None and trainer.global_step == 0:
+            self._watched = [replace(watched, wait_count=0) for watched in self._watched]  # with a new best value
+            self.wait_count = self.stopped_epoch = 0
         for callback in self._measuring(trainer) if trainer.enable_validation else []:
             if not isinstance(callback, FlatnessCallback):
                 name = type(callback).__name__

@@ -159,7 +159,28 @@ def test_checkpoint_of_an_epoch_contains_its_measurement(tmp_path):
     assert saved["history"] == callback.history[:1]
 
 
-@guards("callbacks/base.py", "if not self._is_restored:", "if False:")
+@guards("callbacks/base.py", "and trainer.global_step == 0", "")
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_a_fit_that_goes_on_continues_the_history(tmp_path, data):
+    callback, module = flatness_callback(data=data), Classifier()
+    trainer = fit(tmp_path, callback, module=module)
+    first = list(callback.history)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, *loaders())
+    assert callback.history[:2] == first
+    assert [record["epoch"] for record in callback.history] == [0, 1, 2, 3]
+
+
+def test_a_checkpoint_without_a_history_starts_a_new_one(tmp_path):
+    callback = flatness_callback()
+    fit(tmp_path, callback)
+    fit(tmp_path).save_checkpoint(tmp_path / "without.ckpt")
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=3)
+    trainer.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "without.ckpt")
+    assert [record["epoch"] for record in callback.history] == [2]
+
+
+@guards("callbacks/base.py", "if not self._is_restored and", "if False and")
 def test_second_fit_starts_a_new_history(tmp_path):
     callback = flatness_callback()
     for epochs in (3, 2):

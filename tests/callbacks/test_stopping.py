@@ -238,6 +238,23 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, interrupted_after):
     assert second.state_dict() == whole.state_dict()
 
 
+@guards("callbacks/stopping.py", "if trainer.ckpt_path is None and trainer.global_step == 0", "if False")
+def test_a_new_training_forgets_an_earlier_one(tmp_path):
+    stopping = lf.FlatnessStopping(burn_in=0, patience=3)
+    assert epochs_run(tmp_path, constant(5.0), constant(0.9), stopping) == 4
+    assert epochs_run(tmp_path, [8.0, 7.0, 6.0, *constant(6.0)], constant(0.5), stopping) == 6
+    assert float(stopping.best_accuracy) == 0.5
+
+
+@guards("callbacks/stopping.py", "trainer.ckpt_path is None and trainer.global_step == 0", "True")
+def test_a_fit_that_goes_on_remembers(tmp_path):
+    stopping = lf.FlatnessStopping(burn_in=0, patience=3)
+    trainer = run(tmp_path, constant(5.0), constant(0.9), stopping, max_epochs=2)
+    trainer.fit_loop.max_epochs = 12
+    trainer.fit(Scripted({MONITOR: constant(5.0), "val_acc": constant(0.9)}), LOADER, LOADER)
+    assert trainer.current_epoch == 4
+
+
 @guards("callbacks/stopping.py", "self.patience = patience", "pass")
 def test_patience_of_a_resumed_run_is_the_one_given_now(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="part")
