@@ -25,6 +25,7 @@ from lightning_flatness.functional.loss_calls import Compared, compare
 from lightning_flatness.functional.loss_labels import with_hash
 from lightning_flatness.functional.losses import CrossEntropy, Loss, LossDerivatives, NegativeLogLikelihood, outcomes_of
 from lightning_flatness.functional.losses_of_outputs import BinaryCrossEntropy, MeanSquaredError
+from lightning_flatness.functional.torch_losses import PerSample, takes_a_mean
 
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, MeanSquaredError)}
 
@@ -38,9 +39,9 @@ def find_loss(
     """Return the loss that a name, module or function stands for.
 
     Names are ``"cross_entropy"``, ``"binary_cross_entropy"`` and ``"mse"``. Modules are ``nn.CrossEntropyLoss``,
-    ``nn.NLLLoss``, ``nn.MSELoss``, and ``nn.BCEWithLogitsLoss`` if it has no weights. The reduction of all these
-    modules must be the mean. A function or another module becomes a :class:`CustomLoss`. The other arguments are
-    options of ``"cross_entropy"``; see :class:`CrossEntropy`.
+    ``nn.NLLLoss``, ``nn.MSELoss``, and those of :mod:`~lightning_flatness.functional.torch_losses`. The reduction of
+    all these modules must be the mean. A function or another module becomes a :class:`CustomLoss`. The other arguments
+    are options of ``"cross_entropy"``; see :class:`CrossEntropy`.
 
     Args:
         loss: a name, module or function as above, or a :class:`Loss`, which is returned (a :class:`CustomLoss` as a
@@ -78,6 +79,8 @@ def find_loss(
     if type(loss) is nn.BCEWithLogitsLoss and loss.weight is None and loss.pos_weight is None:
         _mean(loss)
         return BinaryCrossEntropy()
+    if takes_a_mean(loss):
+        return CustomLoss(PerSample(loss))
     if loss == "cross_entropy":
         return _cross_entropy(label_smoothing, class_weight, ignore_index)
     if isinstance(loss, str) and loss in LOSSES:
