@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import pickle
 import re
+import zipfile
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,8 @@ def _broken(path: Path, error: Exception) -> str:
         return f"'{path}' is a pointer of Git LFS, not the file itself: fetch it with git lfs pull."
     if not start:
         return f"'{path}' is empty."
+    if zipfile.is_zipfile(path) and all(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
+        return f"'{path}' is no checkpoint, but a result: `load` of its class reads it, e.g. lf.FlatnessReport.load."
     if start.startswith(b"PK"):
         return f"'{path}' is cut off or damaged ({path.stat().st_size:,} bytes): copy or download it again."
     begins = "".join(character for character in start.decode("latin-1")[:24] if character.isprintable())

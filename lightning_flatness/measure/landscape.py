@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -203,9 +204,34 @@ def landscape_of(
     odd = int((result.computed & ~result.losses.isfinite()).sum())
     if odd and own_rank(sync) == 0:
         # The user called loss_landscape, which called this function.
+        reason = origin.not_finite
+        if options.batch_norm != "recomputed":
+            reason = reason or _negative_variance(weights, directions, options.coordinates)
         named = f"{odd} of {result.losses.numel()} points of the landscape have no finite loss."
-        warnings.warn(f"{named} {origin.not_finite}".strip(), stacklevel=3)
+        warnings.warn(f"{named} {reason}".strip(), stacklevel=3)
     return result
+
+
+def _negative_variance(
+    weights: Mapping[str, Tensor], directions: Sequence[Mapping[str, Tensor]], coordinates: Sequence[Tensor]
+) -> str:
+    """Return a sentence on a variance of BatchNorm that is negative at a corner of the landscape, or an empty string.
+
+    Directions between networks change the running statistics, too.
+    """
+    corners = list(itertools.product(*((float(of_axis.min()), float(of_axis.max())) for of_axis in coordinates)))
+    for name, variance in weights.items():
+        moves = [direction.get(name) for direction in directions]
+        if name.endswith("running_var") and any(move is not None for move in moves):
+            for corner in corners:
+                pairs = zip(corner, moves, strict=True)
+                at_corner = variance + sum(number * move for number, move in pairs if move is not None)
+                if bool((at_corner < 0).any()):
+                    return (
+                        f"Away from the networks that the axes connect, the variance '{name}' of BatchNorm is "
+                        "negative. Use batch_norm='recomputed'."
+                    )
+    return ""
 
 
 def _eigenvectors(

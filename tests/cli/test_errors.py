@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import lightning_flatness as lf
 from tests.cli import project
 from tests.cli.conftest import DATA
 from tests.guarding import guards
@@ -36,6 +37,11 @@ def truncated(path, of):
     path.write_bytes(of.read_bytes()[:-500])
 
 
+def result(path):
+    saved = lf.measure_flatness(torch.nn.Linear(2, 3), [torch.ones(4, 2)], layers="all").save(path.with_suffix(".npz"))
+    shutil.move(saved, path)
+
+
 FILES = {
     "no such file": (lambda path, runs: None, 1, ["There is no file"]),
     "folder": (lambda path, runs: path.mkdir(), 2, ["is a folder", "it has none"]),
@@ -45,6 +51,7 @@ FILES = {
     "in pieces": (lambda path, runs: pieces(path), 2, ["in several pieces", "consolidate_checkpoint"]),
     "truncated": (lambda path, runs: truncated(path, runs / "small.ckpt"), 2, ["cut off or damaged"]),
     "empty": (lambda path, runs: path.write_bytes(b""), 2, ["is empty"]),
+    "result": (lambda path, runs: result(path), 2, ["no checkpoint, but a result", "lf.FlatnessReport.load"]),
     "text": (lambda path, runs: path.write_text("<html>404</html>"), 2, ["is not a checkpoint", "<html>"]),
     "lfs": (lambda path, runs: path.write_text("version https://git-lfs.github.com/spec/v1\n"), 2, ["git lfs pull"]),
     "list": (lambda path, runs: torch.save([torch.ones(2)], path), 2, ["holds a list"]),
