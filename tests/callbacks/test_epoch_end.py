@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import lightning_flatness as lf
 from tests.callbacks.compare import assert_same, end_of, num_hooks
 from tests.callbacks.epoch_end_runs import KINDS, epochs, fit, kinds
-from tests.callbacks.flatness_runs import Stream
+from tests.callbacks.flatness_runs import Stream, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, Interrupted, WithoutValidation, dataset, loaders
 from tests.callbacks.resources import Watch, growth
 from tests.callbacks.training_runs import RUNS, DrawsOneNumber, assert_identical, end_of_run
@@ -222,6 +222,18 @@ def test_trial_run(tmp_path, kind):
     fit(tmp_path, callback, fast_dev_run=True)
     assert epochs(callback) == [0]
     assert not list(tmp_path.rglob("*.npz"))
+
+
+@guards("callbacks/data/sources.py", 'if getattr(trainer, "fast_dev_run", False) and', "if False and")
+@pytest.mark.parametrize(
+    ("data", "most", "expected"), [("train", None, 16), ("own", None, 16), ("train", 5, 5)], ids=str
+)
+@pytest.mark.parametrize("kind", [*KINDS, "flatness"])
+def test_a_trial_run_measures_as_many_batches_as_it_trains_on(tmp_path, kind, data, most, expected):
+    make = KINDS.get(kind, flatness_callback)
+    callback = make(data=loaders()[1] if data == "own" else data, max_samples=most)
+    fit(tmp_path, callback, fast_dev_run=2)
+    assert callback.history[-1]["num_samples"] == expected
 
 
 @kinds

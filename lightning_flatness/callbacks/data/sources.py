@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.callbacks.data.loaders import is_indexed, loaders_in_turn
+from lightning_flatness.callbacks.data.loaders import batch_size_of, is_indexed, loaders_in_turn
 from lightning_flatness.callbacks.data.reading import first_batch, to_device
 from lightning_flatness.callbacks.data.stream import ValidationStream
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
@@ -256,10 +256,15 @@ class SeparateData:
         num_batches: Sequence[float] = (),
     ) -> None:
         share = trainer.global_rank, trainer.world_size
+        loader = trainer.train_dataloader if isinstance(wanted.data, str) else wanted.data
+        most, batch_size = wanted.max_samples, batch_size_of(loader)
+        if getattr(trainer, "fast_dev_run", False) and batch_size is not None:  # as many batches as are trained on
+            of_run = int(trainer.num_training_batches) * batch_size * trainer.world_size
+            most = of_run if most is None else min(most, of_run)
         if isinstance(wanted.data, str):
-            subset = training_subset(trainer.train_dataloader, wanted.max_samples, *share, trainer.num_training_batches)
+            subset = training_subset(loader, most, *share, trainer.num_training_batches)
         else:
-            subset = FixedSubset(wanted.data, wanted.max_samples, *share)
+            subset = FixedSubset(loader, most, *share)
         self._trainer, self._pl_module, self._wanted = trainer, pl_module, wanted
         self._batches = subset.batches(pl_module)
         self._num_batches = subset.num_batches
