@@ -24,10 +24,13 @@ LOGGING = ("log", "log_dict")
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
     """Return the values, and under ``log10_{measure}`` the base-10 logarithm of the value of ``measure``.
 
-    The logarithm is NaN if this value is not positive.
+    The logarithm is NaN if this value is not positive. Further loaders have logarithms, too.
     """
-    value = values[measure]
-    return {**values, f"log10_{measure}": math.log10(value) if value > 0 else math.nan}
+    of_loaders = {key: value for key, value in values.items() if key.partition("/dataloader_idx_")[0] == measure}
+    return {
+        **values,
+        **{f"log10_{key}": math.log10(value) if value > 0 else math.nan for key, value in of_loaders.items()},
+    }
 
 
 def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:

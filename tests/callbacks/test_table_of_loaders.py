@@ -1,5 +1,9 @@
 """Several validation loaders in Lightning's table of ``validate`` and ``test``."""
 
+import math
+
+import pytest
+
 from lightning_flatness.callbacks import logged
 from tests.callbacks.flatness_runs import MONITOR, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
@@ -17,7 +21,9 @@ def test_the_table_of_several_loaders(tmp_path, monkeypatch):
     for result in results:
         in_table = {key.split("/dataloader_idx_")[0]: value for key, value in result.items()}
         assert in_table[MONITOR] == callback.reports[0].relative_flatness
-        assert result[f"{MONITOR}/dataloader_idx_1"] == callback.reports[1].relative_flatness
+        second = callback.reports[1].relative_flatness
+        assert result[f"{MONITOR}/dataloader_idx_1"] == second
+        assert result["flatness/log10_relative_flatness/dataloader_idx_1"] == pytest.approx(math.log10(second))
     each = [f"{callback.reports[index].relative_flatness:.4g} for loader {index}" for index in range(2)]
     assert f"'flatness/relative_flatness' is {', '.join(each)}. Lightning's table" in told[0]
     quiet_trainer(tmp_path, flatness_callback()).validate(module, val, verbose=False)
