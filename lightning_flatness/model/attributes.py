@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from operator import is_
 from typing import Any
 
@@ -49,27 +50,35 @@ def attributes_kept(owners: Iterable[Any], most: float = math.inf) -> Iterator[N
                 del now[name]
             now.update(attributes)
         for collection, entries in collections:
-            _restore(collection, entries)
+            if collection or entries:  # most tables of hooks are empty
+                _restore(collection, entries)
 
 
 def _entries_by_collection(values: Iterable[Any], most: float) -> list[tuple[Any, list[Any]]]:
     """Return all collections among values and in them, each with a list of its entries; large ones are left out."""
     found: dict[int, tuple[Any, list[Any]]] = {}
     waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, COLLECTIONS):
-            if id(value) not in found and len(value) <= most:
-                found[id(value)] = value, _entries(value)
-                waiting += found[id(value)][1]
-        elif isinstance(value, tuple):
+    for value in waiting:  # the list grows while it is walked
+        if not _holds_entries(type(value)):  # type: ignore[arg-type]  # mypy does not know that classes have a hash
+            continue
+        if isinstance(value, tuple):
             waiting += value
+        elif id(value) not in found and len(value) <= most:
+            entries = _entries(value) if value else []
+            found[id(value)] = value, entries
+            if any(map(_holds_entries, set(map(type, entries)))):
+                waiting += entries
     return list(found.values())
+
+
+@cache
+def _holds_entries(kind: type) -> bool:
+    return issubclass(kind, (*COLLECTIONS, tuple))
 
 
 def _entries(collection: Any) -> list[Any]:
     """Return the entries of a collection; of a dictionary the keys, followed by the values."""
-    return [*collection, *collection.values()] if isinstance(collection, dict) else [*collection]
+    return [*collection, *collection.values()] if isinstance(collection, dict) else list(collection)
 
 
 def _restore(collection: Any, entries: list[Any]) -> None:

@@ -59,8 +59,8 @@ COLLECTIONS = {
 }
 
 
-@guards("model/attributes.py", "isinstance(value, COLLECTIONS)", "type(value) in (list, dict)", ids="counter")
-@guards("model/attributes.py", "waiting += found[id(value)][1]", "pass", ids="nested")
+@guards("model/attributes.py", "issubclass(kind, (*COLLECTIONS, tuple))", "kind in (list, dict, tuple)", ids="counter")
+@guards("model/attributes.py", "waiting += entries", "pass", ids="nested")
 @guards("model/attributes.py", "waiting += value\n", "pass\n", ids="in a tuple")
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_collections_get_their_entries_back(name):
