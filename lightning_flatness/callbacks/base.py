@@ -94,6 +94,7 @@ class MeasuringCallback(Callback):
         self._num_restored = 0  # number of records that a checkpoint has restored in this run
         self._logged_step = 0  # number of the step, in loggers, of the latest measurement
         self._stopwatch = Stopwatch()  # for the measurement in progress
+        self._fitted_by: int | None = None  # the id of the latest Trainer that has fitted
         self._stage: str | None = None
         self._is_checked = False  # whether it is known that no other callback has this prefix
         self._is_restored = False
@@ -148,11 +149,11 @@ class MeasuringCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history unless the fit continues an earlier one. Check that ``model=`` names a network."""
-        if not self._is_restored and trainer.global_step == 0:
+        if not self._is_restored and not (trainer.global_step and self._fitted_by == id(trainer)):
             self.history = []
         if not self.history:
             warn_of_traps(trainer, self.prefix, self._errors.on_error)
-        self._is_restored = False
+        self._is_restored, self._fitted_by = False, id(trainer)
         self._release()
         self._errors.start_run()
         self.run_outputs = RunOutputs(self._name, self.prefix, self.figures, self.folder)
@@ -234,9 +235,8 @@ class MeasuringCallback(Callback):
 
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
         self._stop_watching()  # an earlier step may have raised an error
-        is_late = self._was_unseen and is_sought(self._network)  # a call in this step is then compared with the batch
-        is_measured = self._wanted.measures(pl_module.trainer)
-        self._asked = self._wanted.before_step(batch, pl_module, not self._follows_steps or is_late, is_measured)
+        copies = not self._follows_steps or (self._was_unseen and is_sought(self._network))  # to compare a late call
+        self._asked = self._wanted.before_step(batch, pl_module, copies, self._wanted.measures(pl_module.trainer))
         if is_sought(self._network) and is_watchable(pl_module):
             step = "training" if pl_module.trainer.training else "validation"
             self._watch = StepWatch(pl_module, named_network(pl_module, self.model), step).__enter__()

@@ -13,8 +13,8 @@ from lightning_flatness.callbacks.network import Network
 from lightning_flatness.callbacks.running import NotCalledError, PassesOfRun, Running
 from lightning_flatness.errors import BatchError, naming
 from lightning_flatness.measure.measurement import Measurement
-from lightning_flatness.measure.ranks import gather, num_ranks
-from lightning_flatness.measure.samples import FIRST_SAMPLES, deviations_of
+from lightning_flatness.measure.ranks import gather
+from lightning_flatness.measure.samples import deviations_of
 from lightning_flatness.model.call import Call
 from lightning_flatness.results import FlatnessReport
 
@@ -76,8 +76,7 @@ class Validation:
         collective of Lightning or of the user, while they wait for this rank.
         """
         source = self._sources[loader if len(self._sources) > 1 else 0]
-        due = source.num_due(batch, batch_idx) * num_ranks(sync=True) >= FIRST_SAMPLES
-        if failed and (due or source.is_last(batch_idx)):
+        if failed and (source.is_last(batch_idx) or source.is_due(batch, batch_idx)):
             self._take_spread(loader, network)
         if isinstance(source, SeparateData):
             source.num_validated += 1

@@ -24,7 +24,7 @@ from lightning_flatness.layers.waiting import WaitingSamples
 from lightning_flatness.measure.batches import NO_SAMPLE
 from lightning_flatness.measure.metric import FlatnessMetric
 from lightning_flatness.measure.ranks import gather, num_ranks, own_rank
-from lightning_flatness.measure.samples import FIRST_SAMPLES, Held, Samples, SampleValues, deviations_of
+from lightning_flatness.measure.samples import FIRST_SAMPLES, Held, Samples, SampleValues, deviations_of, none_left
 from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.model.isolation import untouched
@@ -166,7 +166,7 @@ class Measurement:
 
         ``positions`` are the indices of this batch's samples in the measured set of all ranks.
         """
-        return bool((positions >= FIRST_SAMPLES - num_ranks(self._sync)).any())
+        return none_left(positions, num_ranks(self._sync))
 
     def take_spread(self) -> None:
         """Compute the standard deviations of the input channels from the first samples of all ranks.

@@ -22,6 +22,18 @@ from lightning_flatness.measure.ranks import gather
 FIRST_SAMPLES = 128
 
 
+def none_left(positions: Tensor, num_ranks: int) -> bool:
+    """Return whether none of the first samples can follow on this rank, after samples at these ``positions``.
+
+    The ranks take turns. The result is the same on all of them if they have seen equally many samples.
+
+    Example:
+        >>> [none_left(torch.tensor([position]), num_ranks=3) for position in (122, 123, 125, 126, 127, 128)]
+        [False, False, False, True, True, True]
+    """
+    return bool((positions // num_ranks * num_ranks >= FIRST_SAMPLES - num_ranks).any())
+
+
 @dataclass(frozen=True)
 class Held:
     """Samples that are measured later, when the standard deviations of the layers' input channels are known."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-COLLECTIONS = (list, dict, set, deque)  # and what is derived from them
+# Types of collections that are restored. Those that are derived from them may do anything when they are read.
+COLLECTIONS = (list, dict, OrderedDict, defaultdict, Counter, set, deque)
+MOST_SEARCHED = 1000  # collections with more entries are restored, but their entries are not searched for others
 
 
 @contextmanager
@@ -21,8 +22,9 @@ def attributes_kept(owners: Iterable[Any], most: float = math.inf) -> Iterator[N
     """Replace tensors among the attributes of modules or other objects by copies; on leaving, restore all attributes.
 
     Lists, dictionaries, sets and deques are not replaced, because a hook or another module may hold them, too. On
-    leaving, they get their entries back, at any depth. A module's parameters, buffers, submodules and hooks are in such
-    dictionaries. Tensors and collections with more than ``most`` entries are left alone.
+    leaving, they get their entries back, also those inside others. A module's parameters, buffers, submodules and
+    hooks are in such dictionaries. Tensors and collections with more than ``most`` entries are left alone, and so are
+    collections of derived types.
 
     Example:
         >>> layer = torch.nn.Linear(2, 3)
@@ -59,21 +61,11 @@ def _entries_by_collection(values: Iterable[Any], most: float) -> list[tuple[Any
     found: dict[int, tuple[Any, list[Any]]] = {}
     waiting = list(values)
     for value in waiting:  # the list grows while it is walked
-        if not _holds_entries(type(value)):  # type: ignore[arg-type]  # mypy does not know that classes have a hash
-            continue
-        if isinstance(value, tuple):
-            waiting += value
-        elif id(value) not in found and len(value) <= most:
-            entries = _entries(value) if value else []
-            found[id(value)] = value, entries
-            if any(map(_holds_entries, set(map(type, entries)))):
-                waiting += entries
-    return list(found.values())
-
-
-@cache
-def _holds_entries(kind: type) -> bool:
-    return issubclass(kind, (*COLLECTIONS, tuple))
+        holds_entries = type(value) in COLLECTIONS or isinstance(value, tuple)
+        if holds_entries and id(value) not in found and len(value) <= most:
+            found[id(value)] = value, (_entries(value) if value else [])
+            waiting += found[id(value)][1] if len(value) <= MOST_SEARCHED else ()
+    return [pair for pair in found.values() if not isinstance(pair[0], tuple)]
 
 
 def _entries(collection: Any) -> list[Any]:

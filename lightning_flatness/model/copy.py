@@ -143,7 +143,7 @@ class ModelCopy:
 
 
 class _FullPrecision(WithoutAutocast):
-    """Ignores, besides autocast, what the forward sets as ``requires_grad`` of tensors whose ``id`` is in ``weights``.
+    """Also ignores that the forward sets ``requires_grad`` of a tensor to False, if its ``id`` is in ``weights``.
 
     Fine-tuning code freezes weights in the forward. What is measured does not depend on which weights are trained.
     """
@@ -153,7 +153,7 @@ class _FullPrecision(WithoutAutocast):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func in FREEZING and id(args[0]) in self.weights:
+        if func in FREEZING and id(args[0]) in self.weights and not [*args[1:], *(kwargs or {}).values(), True][0]:
             return args[0]
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -162,7 +162,7 @@ FREEZING = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore
 
 
 def _num_parameters(model: nn.Module) -> int:
-    return sum(len(module._parameters) for module in every_module(model))
+    return sum(one is not None for module in every_module(model) for one in module._parameters.values())
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

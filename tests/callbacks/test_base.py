@@ -159,7 +159,7 @@ def test_checkpoint_of_an_epoch_contains_its_measurement(tmp_path):
     assert saved["history"] == callback.history[:1]
 
 
-@guards("callbacks/base.py", "and trainer.global_step == 0", "")
+@guards("callbacks/base.py", "and not (trainer.global_step and self._fitted_by == id(trainer))", "")
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_a_fit_that_goes_on_continues_the_history(tmp_path, data):
     callback, module = flatness_callback(data=data), Classifier()
@@ -169,6 +169,17 @@ def test_a_fit_that_goes_on_continues_the_history(tmp_path, data):
     trainer.fit(module, *loaders())
     assert callback.history[:2] == first
     assert [record["epoch"] for record in callback.history] == [0, 1, 2, 3]
+
+
+@guards("callbacks/base.py", "and self._fitted_by == id(trainer)", "")
+def test_another_trainer_starts_a_new_history(tmp_path):
+    callback = flatness_callback()
+    fit(tmp_path, callback)
+    trainer = fit(tmp_path, max_epochs=1)
+    trainer.callbacks.append(callback)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Classifier(), *loaders())
+    assert [record["epoch"] for record in callback.history] == [1]
 
 
 def test_a_checkpoint_without_a_history_starts_a_new_one(tmp_path):

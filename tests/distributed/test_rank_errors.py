@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.callbacks.training_runs import differences
-from tests.distributed.rank_error_scenarios import CALLBACKS, NAN_AT, SYNCED
+from tests.distributed.rank_error_scenarios import CALLBACKS, KINDS_OF_DATA, NAN_AT, SYNCED
 from tests.distributed.ranks import returned, run_on_ranks, run_once_on_ranks
 from tests.guarding import guards
 
@@ -13,14 +13,11 @@ pytestmark = pytest.mark.slow
 FLATNESS_KEYS = ("flatness/hessian_trace", "flatness/relative_flatness", "flatness/weight_norm")
 
 
-DATA = ("val", "own data")
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     scenarios = [f"NaN in the {where}, {how}" for where in NAN_AT for how in ("without", "raise", "warn")]
     scenarios += [f"user's error, {with_}" for with_ in CALLBACKS]
-    scenarios += [f"{data}, {logs}, {how}" for data in DATA for logs in SYNCED for how in ("raise", "warn")]
+    scenarios += [f"{data}, {logs}, {how}" for data in KINDS_OF_DATA for logs in SYNCED for how in ("raise", "warn")]
     return run_once_on_ranks(*scenarios, name="faults", tmp_path_factory=tmp_path_factory)
 
 
@@ -49,12 +46,12 @@ def test_the_warning_names_the_rank(outcomes, where):
 
 @guards(
     "callbacks/validation.py",
-    "if failed and (due or source.is_last(batch_idx))",
+    "if failed and (source.is_last(batch_idx) or source.is_due(batch, batch_idx))",
     "if False",
     ids="val-synced in every epoch",
 )
 @pytest.mark.parametrize("logs", SYNCED)
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", KINDS_OF_DATA)
 def test_no_rank_waits_for_one_that_failed(outcomes, data, logs):
     for found in returned(outcomes[f"{data}, {logs}, raise"]):
         assert "on rank 1" in found["error"]

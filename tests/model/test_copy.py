@@ -91,6 +91,17 @@ def test_weights_that_the_forward_freezes_are_measured_and_stay_as_they_are(meas
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
+def test_a_forward_may_take_gradients_of_weights_of_its_own():
+    class Sharp(nn.Linear):
+        def forward(self, x):
+            self.weight.requires_grad_(True)
+            with torch.enable_grad():
+                self.slope = torch.autograd.grad(super().forward(x.detach()).sum(), self.weight)[0]
+            return super().forward(x)
+
+    assert ModelCopy(Sharp(3, 2))(torch.ones(4, 3)).shape == (4, 2)
+
+
 def test_inputs_may_be_made_to_require_gradients():
     class Energy(nn.Linear):
         def forward(self, x):

@@ -236,3 +236,25 @@ def test_a_single_sample_is_compared_with_its_pair_once(monkeypatch):
     net, x, y = Standardised(), torch.randn(4, 3, 4, 4), torch.arange(4) % 3
     lf.measure_flatness(net, [(x[i : i + 1], y[i : i + 1]) for i in range(4)])
     assert counts.count(1) == 1
+
+
+class Squeezed(Standardised):
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3), keepdim=True).squeeze())
+
+
+@guards("model/rows.py", "except Exception:", "except KeyError:", ids="flatness")
+@pytest.mark.parametrize("what", ["flatness", "lambda_max", "spectrum"])
+def test_a_forward_that_fails_on_one_sample_runs_on_the_pair(what):
+    net, x, y = Squeezed().double(), torch.randn(5, 3, 4, 4).double(), torch.arange(5) % 3
+    found = MEASURE[what](net, [(x[:4], y[:4]), (x[4:], y[4:])])
+    assert_close(found, MEASURE[what](net, [(x, y)]), rtol=1e-10, atol=1e-14)
+
+
+def test_many_rows_of_logits_for_a_sample_keep_their_message():
+    class Dense(Standardised):
+        def forward(self, x):
+            return self.head(self.conv(x).relu().flatten(2).mT.reshape(-1, 4))
+
+    with pytest.raises(lf.BatchError, match="8 rows of logits for 1 sample"):
+        lf.measure_flatness(Dense(), [(torch.randn(1, 3, 4, 4), torch.arange(4) % 3)])

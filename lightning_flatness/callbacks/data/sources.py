@@ -18,6 +18,7 @@ from lightning_flatness.callbacks.data.subset import FixedSubset, training_subse
 from lightning_flatness.checks import is_sequence
 from lightning_flatness.errors import BatchError
 from lightning_flatness.measure.batches import called, rivals_of, split_batch, targets_of
+from lightning_flatness.measure.samples import none_left
 from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call, map_tensors, tensors_of
 from lightning_flatness.model.isolation import random_states_kept
 from lightning_flatness.model.rows import is_reordered, num_rows
@@ -211,15 +212,21 @@ class ValidationBatches:
         self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
         # Positions of the samples that the latest mask selects, among the measured samples of all ranks.
         self.positions: Tensor | None = None
-        self._num_batches = num_batches
+        self._num_batches, self._batch_size, self._num_ranks = num_batches, batch_size_of(loader), trainer.world_size
 
     def is_last(self, batch_idx: int) -> bool:
         """Return whether this batch is the last one; False if the number of batches is unknown."""
         return batch_idx + 1 >= self._num_batches
 
-    def num_due(self, batch: Any, batch_idx: int) -> int:
-        """Return about how many samples of this rank have been validated after a batch, if no step has failed."""
-        return (batch_idx + 1) * num_rows(batch)
+    def is_due(self, batch: Any, batch_idx: int) -> bool:
+        """Return whether ranks that have not failed have measured all of the first samples after this batch."""
+        rows = self._batch_size or num_rows(batch)
+        order = self._stream.order(rows, batch_idx)
+        if order is None:
+            order = (torch.arange((batch_idx + 1) * rows, device="cpu") * self._num_ranks)[-1:]
+        else:
+            order = order[self._stream.mask(rows, batch_idx)]
+        return none_left(order, self._num_ranks)
 
     def mask(self, samples: Samples, batch_idx: int) -> Tensor:
         """Return a Boolean mask ``(N,)`` that is True for the samples to measure in a validated batch."""
@@ -271,7 +278,7 @@ class SeparateData:
         self._num_read = 0
         self.num_validated = 0  # number of validated batches before the latest one
         self._share, self._is_indexed = share, subset.is_indexed
-        self._batch_rows = 0  # size of the first batch
+        self._batch_size, self._batch_rows = batch_size, 0  # of the loader, if known, and of the first batch
         # Positions of the latest samples among those of all ranks; None if the ranks take turns sample by sample.
         self.positions: Tensor | None = None
         in_turn = loaders_in_turn(trainer, loaders)
@@ -282,9 +289,11 @@ class SeparateData:
         """Return whether this is the last validated batch, so that :meth:`after_step` returns the last part."""
         return self.num_validated + 1 >= self._num_to_validate
 
-    def num_due(self, batch: Any, batch_idx: int) -> int:
-        """Return about how many samples of this rank have been read after a validated batch, if no step has failed."""
-        return self._batches_due() * (self._batch_rows or num_rows(batch))
+    def is_due(self, batch: Any, batch_idx: int) -> bool:
+        """Return whether ranks that have not failed have read all of the first samples after a validated batch."""
+        num_read = self._batches_due() * (self._batch_size or self._batch_rows or num_rows(batch))
+        num_ranks = self._share[1]
+        return num_read > 0 and none_left(torch.tensor([(num_read - 1) * num_ranks], device="cpu"), num_ranks)
 
     def after_step(self) -> Iterator[Samples]:
         """Return an iterator over the next part of this source's samples. Call this once after each validated batch."""
