@@ -201,7 +201,7 @@ def test_second_fit_starts_a_new_history(tmp_path):
     assert (callback.history, callback.report, callback.reports) == ([], None, {})
 
 
-@guards("callbacks/base.py", "self._is_restored = False\n        self._release()", "self._release()")
+@guards("callbacks/base.py", "self._is_restored, self._fitted_by = False, id(trainer)", "self._fitted_by = id(trainer)")
 def test_a_fit_after_a_resumed_one_starts_a_new_history(tmp_path):
     trainer, callback = fit(tmp_path, flatness_callback()), flatness_callback()
     trainer.save_checkpoint(tmp_path / "two.ckpt")
