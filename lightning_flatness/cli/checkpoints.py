@@ -145,6 +145,15 @@ def _read_safetensors(path: Path) -> Any:
         raise FlatnessError(_broken(path, error)) from error
 
 
+def _is_result(path: Path) -> bool:
+    """Return whether a file is one that ``save`` of a result has written: arrays of numpy in a zip file."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
 def _broken(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(64)
@@ -152,7 +161,7 @@ def _broken(path: Path, error: Exception) -> str:
         return f"'{path}' is a pointer of Git LFS, not the file itself: fetch it with git lfs pull."
     if not start:
         return f"'{path}' is empty."
-    if zipfile.is_zipfile(path) and all(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
+    if _is_result(path):
         return f"'{path}' is no checkpoint, but a result: `load` of its class reads it, e.g. lf.FlatnessReport.load."
     if start.startswith(b"PK"):
         return f"'{path}' is cut off or damaged ({path.stat().st_size:,} bytes): copy or download it again."
