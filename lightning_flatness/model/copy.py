@@ -153,8 +153,10 @@ class _FullPrecision(WithoutAutocast):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func in FREEZING and id(args[0]) in self.weights and not [*args[1:], *(kwargs or {}).values(), True][0]:
-            return args[0]
+        if func in FREEZING and id(args[0]) in self.weights:
+            wanted = next(iter([*args[1:], *(kwargs or {}).values()]), True)  # the default of requires_grad_ is True
+            if not wanted:
+                return args[0]
         return super().__torch_function__(func, types, args, kwargs)
 
 

@@ -81,7 +81,7 @@ FROZEN = {
 }
 
 
-@guards("model/copy.py", "if func in FREEZING and id(args[0]) in self.weights", "if False", ids="flatness-by_method")
+@guards("model/copy.py", "if not wanted:", "if False:", ids="flatness-by_method")
 @pytest.mark.parametrize("freeze", [by_method, by_attribute])
 @pytest.mark.parametrize("measure", FROZEN)
 def test_weights_that_the_forward_freezes_are_measured_and_stay_as_they_are(measure, freeze, batch):
@@ -91,6 +91,7 @@ def test_weights_that_the_forward_freezes_are_measured_and_stay_as_they_are(meas
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
+@guards("model/copy.py", "if not wanted:", "if True:")
 def test_a_forward_may_take_gradients_of_weights_of_its_own():
     class Sharp(nn.Linear):
         def forward(self, x):
